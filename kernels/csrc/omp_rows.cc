@@ -1,0 +1,230 @@
+// Batch-OMP of the rows of one block, one row at a time.
+//
+// R. Rubinstein, M. Zibulevsky, M. Elad, "Efficient Implementation of the K-SVD Algorithm using Batch Orthogonal
+// Matching Pursuit", Technion CS-2008-08: with the Gram matrix G = D Dᵀ at hand, the correlations of all atoms with
+// the residual of a row x are  alpha = D x - G_I gamma,  so the residual itself is never formed; and gamma, the
+// least-squares values on the support I, comes from a Cholesky factor of G_II that grows by one row a step.
+//
+// Lanes are atoms. A row's working set (alpha0, alpha: 2 K floats, and an S x S factor) stays in L1; the Gram rows
+// come from L2. This file is compiled once per tier and leaves the vectorising to the compiler: maxima are taken on
+// integer bit patterns, because a float maximum would need -ffast-math. It calls nothing inline from the standard
+// library (see omp.h).
+#include "omp.h"
+
+#include <limits.h>
+#include <string.h>
+
+namespace dsformer {
+namespace {
+
+// A pivot is 1 minus the part of a unit atom that earlier atoms explain. Below this it is rounding error of the
+// float32 Gram matrix: the atom is collinear with the support.
+constexpr double kMinPivot = 1e-6;
+// Correlations below this fraction of the row's largest entry are rounding error of D x - G gamma in float32.
+constexpr float kStopCorrelation = 1e-6f;
+constexpr int32_t kInfinityBits = 0x7f800000;
+
+int32_t magnitude_bits(float value) {
+  int32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits & 0x7fffffff;  // non-negative floats order like their bit patterns
+}
+
+float from_bits(int32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+int32_t max_magnitude_bits(const float* x, int64_t n) {
+  int32_t best = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t bits = magnitude_bits(x[i]);
+    best = bits > best ? bits : best;
+  }
+  return best;
+}
+
+int32_t first_with_magnitude(const float* x, int32_t n, int32_t wanted) {
+  int32_t first = INT_MAX;
+  for (int32_t i = 0; i < n; ++i) {
+    const int32_t candidate = magnitude_bits(x[i]) == wanted ? i : INT_MAX;
+    first = candidate < first ? candidate : first;
+  }
+  return first;
+}
+
+// out = base + sum_j coefficients[j] * rows[j]; four rows a pass, so that `out` is stored once for four FMAs.
+void add_rows(float* __restrict out, const float* base, int64_t pitch, const float* rows, const int32_t* row_numbers,
+              const float* coefficients, int64_t count) {
+  for (int64_t j = 0; j < count; j += 4) {
+    float c[4] = {0, 0, 0, 0};
+    const float* __restrict r[4] = {rows, rows, rows, rows};
+    for (int64_t t = 0; t < 4 && j + t < count; ++t) {
+      c[t] = coefficients[j + t];
+      r[t] = rows + (row_numbers ? row_numbers[j + t] : j + t) * pitch;
+    }
+    const float c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3];
+    const float *__restrict r0 = r[0], *__restrict r1 = r[1], *__restrict r2 = r[2], *__restrict r3 = r[3];
+    if (j == 0) {
+      const float* __restrict b = base;
+      for (int64_t k = 0; k < pitch; ++k) out[k] = b[k] + c0 * r0[k] + c1 * r1[k] + c2 * r2[k] + c3 * r3[k];
+    } else {
+      for (int64_t k = 0; k < pitch; ++k) out[k] += c0 * r0[k] + c1 * r1[k] + c2 * r2[k] + c3 * r3[k];
+    }
+  }
+}
+
+// The scratch of one row, carved from one buffer.
+struct Scratch {
+  float* zeros;      // (pitch): the empty sum
+  float* alpha0;     // (pitch): D x
+  float* alpha;      // (pitch): correlations with the residual
+  float* minus_gamma;  // (S): the values, negated and rounded
+  double* factor;    // (S, S): lower Cholesky factor, reciprocal pivots on its diagonal (0: dependent atom)
+  double* z;         // (S): solution of  factor z = alpha0_I
+  double* gamma;     // (S)
+};
+
+Scratch carve(float* memory, int64_t pitch, int64_t n) {
+  Scratch s;
+  s.factor = reinterpret_cast<double*>(memory);
+  s.z = s.factor + n * n;
+  s.gamma = s.z + n;
+  float* floats = memory + 2 * (n * n + 2 * n);
+  floats += (kOmpPad - (floats - memory) % kOmpPad) % kOmpPad;
+  s.zeros = floats;
+  s.alpha0 = s.zeros + pitch;
+  s.alpha = s.alpha0 + pitch;
+  s.minus_gamma = s.alpha + pitch;
+  memset(s.zeros, 0, pitch * sizeof(float));
+  return s;
+}
+
+int64_t scratch_floats(const OmpBlock& block, int64_t n) {
+  return 2 * (n * n + 2 * n) + kOmpPad + 3 * block.pitch + n;
+}
+
+// Appends atom `support[n]` to the Cholesky factor and its entry to z. Returns false when the atom depends on the
+// first n; its row then solves to 0, so the factor stays usable.
+bool append_atom(const OmpBlock& block, const Scratch& s, const int32_t* support, int64_t n, int64_t capacity) {
+  const float* gram_row = block.gram + support[n] * block.pitch;
+  double* row = s.factor + n * capacity;
+  double pivot = gram_row[support[n]];
+  double z = s.alpha0[support[n]];
+  for (int64_t i = 0; i < n; ++i) {
+    const double* earlier = s.factor + i * capacity;
+    double w = gram_row[support[i]];
+    for (int64_t j = 0; j < i; ++j) w -= earlier[j] * row[j];
+    w *= earlier[i];
+    row[i] = w;
+    pivot -= w * w;
+    z -= w * s.z[i];
+  }
+  const bool independent = pivot > kMinPivot;
+  row[n] = independent ? 1.0 / __builtin_sqrt(pivot) : 0.0;
+  s.z[n] = z * row[n];
+  return independent;
+}
+
+// gamma from  factorᵀ gamma = z.
+void solve(const Scratch& s, int64_t n, int64_t capacity) {
+  for (int64_t i = n; i-- > 0;) {
+    double g = s.z[i];
+    for (int64_t j = i + 1; j < n; ++j) g -= s.factor[j * capacity + i] * s.gamma[j];
+    s.gamma[i] = g * s.factor[i * capacity + i];
+  }
+}
+
+bool contains(const int32_t* support, int64_t n, int32_t atom) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (support[i] == atom) return true;
+  }
+  return false;
+}
+
+// Completes a support of n atoms with the lowest atoms not in it; their values are 0.
+void fill_support(int32_t* support, int64_t n, int64_t capacity) {
+  for (int32_t atom = 0; n < capacity; ++atom) {
+    if (!contains(support, n, atom)) support[n++] = atom;
+  }
+}
+
+// Returns false when x, or its product with the dictionary, is not finite.
+bool code_row(const OmpBlock& block, const float* x, int64_t capacity, int32_t* support, float* values,
+              const Scratch& s) {
+  const int32_t x_bits = max_magnitude_bits(x, block.width);
+  if (x_bits >= kInfinityBits) return false;
+  const int32_t stop_bits = magnitude_bits(kStopCorrelation * from_bits(x_bits));
+  add_rows(s.alpha0, s.zeros, block.pitch, block.atoms_t, nullptr, x, block.width);
+
+  int64_t n = 0;
+  const float* correlations = s.alpha0;
+  while (n < capacity) {
+    const int32_t best = max_magnitude_bits(correlations, block.pitch);
+    if (best >= kInfinityBits) return false;
+    if (best <= stop_bits) break;
+    support[n] = first_with_magnitude(correlations, static_cast<int32_t>(block.pitch), best);
+    if (!append_atom(block, s, support, n, capacity)) break;
+    ++n;
+    solve(s, n, capacity);
+    if (n == capacity) break;
+    for (int64_t i = 0; i < n; ++i) s.minus_gamma[i] = static_cast<float>(-s.gamma[i]);
+    add_rows(s.alpha, s.alpha0, block.pitch, block.gram, support, s.minus_gamma, n);
+    for (int64_t i = 0; i < n; ++i) s.alpha[support[i]] = 0.0f;  // exactly: never chosen twice
+    correlations = s.alpha;
+  }
+  for (int64_t i = 0; i < capacity; ++i) values[i] = i < n ? static_cast<float>(s.gamma[i]) : 0.0f;
+  fill_support(support, n, capacity);
+  return true;
+}
+
+bool refit_row(const OmpBlock& block, const float* x, int64_t n, const int32_t* support, float* values,
+               const Scratch& s) {
+  if (max_magnitude_bits(x, block.width) >= kInfinityBits) return false;
+  add_rows(s.alpha0, s.zeros, block.pitch, block.atoms_t, nullptr, x, block.width);
+  for (int64_t i = 0; i < n; ++i) append_atom(block, s, support, i, n);
+  solve(s, n, n);
+  for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(s.gamma[i]);
+  return max_magnitude_bits(values, n) < kInfinityBits;
+}
+
+int64_t code(const OmpBlock& block, const OmpRows& rows, float* memory) {
+  const int64_t n = rows.n_nonzero;
+  const Scratch s = carve(memory, block.pitch, n);
+  for (int64_t r = 0; r < rows.n_rows; ++r) {
+    if (!code_row(block, rows.x + r * rows.x_pitch, n, rows.indices + r * n, rows.values + r * n, s)) return r;
+  }
+  return -1;
+}
+
+int64_t refit(const OmpBlock& block, const OmpRows& rows, float* memory) {
+  const int64_t n = rows.n_nonzero;
+  const Scratch s = carve(memory, block.pitch, n);
+  for (int64_t r = 0; r < rows.n_rows; ++r) {
+    if (!refit_row(block, rows.x + r * rows.x_pitch, n, rows.indices + r * n, rows.values + r * n, s)) return r;
+  }
+  return -1;
+}
+
+void prepare(const float* dictionary, const OmpBlock& block, float* atoms_t, float* gram) {
+  memset(atoms_t, 0, block.width * block.pitch * sizeof(float));
+  for (int64_t k = 0; k < block.n_atoms; ++k) {
+    for (int64_t b = 0; b < block.width; ++b) atoms_t[b * block.pitch + k] = dictionary[k * block.width + b];
+  }
+  memset(gram, 0, block.n_atoms * block.pitch * sizeof(float));
+  for (int64_t k = 0; k < block.n_atoms; ++k) {
+    float* row = gram + k * block.pitch;
+    for (int64_t b = 0; b < block.width; ++b) {
+      const float d = dictionary[k * block.width + b];
+      const float* __restrict column = atoms_t + b * block.pitch;
+      for (int64_t j = 0; j < block.pitch; ++j) row[j] += d * column[j];
+    }
+  }
+}
+
+}  // namespace
+
+extern const OmpTier OMP_TIER = {prepare, scratch_floats, code, refit};
+
+}  // namespace dsformer
