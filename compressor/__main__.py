@@ -1,0 +1,385 @@
+"""``dsformer-compress``: finetune, compress, evaluate, export, or ``run`` for all of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from compressor.config import CompressionConfig, ConfigError, KSVDConfig, TrainConfig
+from compressor.data import DataError
+from compressor.files import SaveError
+from compressor.progress import console
+from compressor.tasks import UnknownTaskError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+stdout = Console()
+
+Model = Annotated[str, typer.Option(help="Hugging Face hub id, or a folder.")]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        help="cola, sst2, mrpc, stsb, rte, qnli, qqp, mnli, squad, squad_v2; classify or qa for your own files."
+    ),
+]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder with the tasks' files; without it and without files of your own, the hub."),
+]
+TrainFile = Annotated[Path | None, typer.Option(help="Your own TSV, CSV, JSONL or SQuAD JSON.")]
+ValidationFile = Annotated[
+    Path | None, typer.Option(help="The same for measuring; without it a fifth of --train-file is held out.")
+]
+Rows = Annotated[int | None, typer.Option(min=1, help="Draw only this many training rows.")]
+Output = Annotated[Path, typer.Option(help="Folder to write.")]
+Preset = Annotated[str, typer.Option(help="2x, 2.8x or 3.57x.")]
+Gamma = Annotated[float | None, typer.Option(help="Atoms per output row (K = γM), instead of the preset's.")]
+Delta = Annotated[float | None, typer.Option(help="Nonzeros per column of a block (S = δB), instead of the preset's.")]
+BlockSize = Annotated[int, typer.Option(help="Columns per block (B); 0 takes the head size.")]
+Iterations = Annotated[int, typer.Option(help="Sweeps of K-SVD.")]
+Update = Annotated[
+    Literal["auto", "mod", "ksvd"],
+    typer.Option(
+        "--dictionary-update", help="How K-SVD updates the dictionary; auto keeps the better, block by block."
+    ),
+]
+ScheduleName = Annotated[
+    Literal["ft-f-stf", "ft-f-ft"], typer.Option(help="STF, or plain fine-tuning on frozen supports.")
+]
+Epochs = Annotated[float, typer.Option(help="Passes over the training data.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps instead of epochs (0: by epochs).")]
+Batch = Annotated[int, typer.Option(help="Examples per step.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
+DictionaryRate = Annotated[float, typer.Option(help="Peak learning rate of the dictionaries.")]
+Length = Annotated[int, typer.Option(help="Tokens per window (0: 128, or 384 for question answering).")]
+Dropout = Annotated[float | None, typer.Option(help="Dropout share (the model's own if not given).")]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 where the processor has it.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of heads, order and factorization.")]
+Distill = Annotated[
+    bool, typer.Option("--distill/--no-distill", help="Learn from the dense fine-tuned teacher as well.")
+]
+Hidden = Annotated[float, typer.Option(help="Weight of matching the teacher's last hidden states.")]
+Interval = Annotated[int, typer.Option(help="Steps between fresh codings; in between the supports are kept.")]
+StorageType = Annotated[
+    Literal["float16", "float32"],
+    typer.Option(help="How the model folder stores weights; they are computed in float32."),
+]
+Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on from the checkpoint of a killed run.")]
+
+
+def _data(task: str, data: Path | None, train_file: Path | None, validation_file: Path | None, rows: int | None) -> Any:
+    from compressor.pipeline import Data
+
+    return Data(task, data, train_file, validation_file, rows)
+
+
+def _length(length: int, task: str) -> int:
+    from compressor.tasks import find_task
+
+    return length or (384 if find_task(task).kind == "qa" else 128)
+
+
+@app.command()
+def finetune(
+    model: Model,
+    task: TaskName,
+    output: Output,
+    data: DataFolder = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    rows: Rows = None,
+    epochs: Epochs = 2.0,
+    steps: Steps = 0,
+    batch_size: Batch = 32,
+    learning_rate: Rate = 5e-5,
+    max_length: Length = 0,
+    dropout: Dropout = None,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Fine-tune a model densely; the checkpoint is an ordinary Hugging Face folder."""
+    from compressor import pipeline
+
+    config = TrainConfig(
+        epochs=epochs,
+        max_steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=_length(max_length, task),
+        dropout=dropout,
+        precision=precision,
+        seed=seed,
+    )
+    source = _data(task, data, train_file, validation_file, rows)
+    _show(pipeline.finetune(model, source, config, output, resume=resume).metrics, str(output))
+
+
+@app.command()
+def compress(
+    model: Model,
+    task: TaskName,
+    output: Output,
+    data: DataFolder = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    rows: Rows = None,
+    preset: Preset = "2.8x",
+    gamma: Gamma = None,
+    delta: Delta = None,
+    block_size: BlockSize = 0,
+    iterations: Iterations = 15,
+    dictionary_update: Update = "auto",
+    schedule: ScheduleName = "ft-f-stf",
+    epochs: Epochs = 2.0,
+    steps: Steps = 0,
+    batch_size: Batch = 32,
+    learning_rate: Rate = 1e-4,
+    dictionary_learning_rate: DictionaryRate = 1e-3,
+    max_length: Length = 0,
+    dropout: Dropout = 0.0,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    distill: Distill = True,
+    hidden_weight: Hidden = 0.0,
+    omp_interval: Interval = 1,
+    resume: Resume = False,
+) -> None:
+    """Factorize a fine-tuned checkpoint by K-SVD and train through the factorization."""
+    from compressor import pipeline
+
+    config = TrainConfig(
+        epochs=epochs,
+        max_steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        dictionary_learning_rate=dictionary_learning_rate,
+        max_length=_length(max_length, task),
+        dropout=dropout,
+        precision=precision,
+        seed=seed,
+        distill_weight=0.9 if distill else 0.0,
+        hidden_weight=hidden_weight if distill else 0.0,
+        omp_interval=omp_interval,
+    )
+    record = pipeline.compress(
+        model,
+        _data(task, data, train_file, validation_file, rows),
+        CompressionConfig(preset, gamma, delta, block_size),
+        KSVDConfig(iterations, dictionary_update, seed),
+        config,
+        output,
+        schedule=schedule,
+        resume=resume,
+    )
+    _show(record.metrics, str(output))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder, dense or compressed.")],
+    task: TaskName,
+    output: Output,
+    data: DataFolder = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    storage: StorageType = "float16",
+    measure: Annotated[bool, typer.Option(help="Measure the exported model on the validation set.")] = True,
+) -> None:
+    """Write the model folder that the service loads."""
+    from compressor import pipeline
+
+    card = pipeline.export_checkpoint(
+        checkpoint,
+        _data(task, data, train_file, validation_file, None),
+        output,
+        storage=storage,
+        measure=measure,
+    )
+    _show({**card.get("metrics", {}), **card["sizes"]}, str(output))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="A model folder (ONNX) or a checkpoint folder (PyTorch).")],
+    task: TaskName,
+    data: DataFolder = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+) -> None:
+    """Measure the task's own metrics over the whole validation set."""
+    from compressor import checkpoint as checkpoints
+    from compressor.evaluate import evaluate_folder, evaluate_model
+
+    source = _data(task, data, train_file, validation_file, None)
+    resolved = source.resolve()
+    examples = source.validation(resolved)
+    if (model / "model.onnx").is_file():
+        metrics = evaluate_folder(model, resolved, examples)
+    else:
+        loaded = checkpoints.load(str(model), resolved)
+        metrics = evaluate_model(loaded.model, loaded.tokenizer, resolved, examples)
+    _show(metrics, str(model))
+
+
+@app.command()
+def errors(
+    model: Model,
+    task: TaskName = "sst2",
+    preset: Preset = "2.8x",
+    gamma: Gamma = None,
+    delta: Delta = None,
+    block_size: BlockSize = 0,
+    iterations: Iterations = 15,
+    dictionary_update: Update = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here as well.")] = None,
+) -> None:
+    """K-SVD against SVD of the same eq.-11 size, matrix by matrix: no data and no training."""
+    from compressor import pipeline
+
+    rows = pipeline.error_table(
+        model,
+        task,
+        CompressionConfig(preset, gamma, delta, block_size),
+        KSVDConfig(iterations, dictionary_update),
+    )
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    stdout.print(table)
+    if json_file:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+@app.command()
+def run(
+    model: Model,
+    task: TaskName,
+    output: Output,
+    data: DataFolder = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    rows: Rows = None,
+    preset: Preset = "2.8x",
+    gamma: Gamma = None,
+    delta: Delta = None,
+    block_size: BlockSize = 0,
+    iterations: Iterations = 15,
+    dictionary_update: Update = "auto",
+    schedule: ScheduleName = "ft-f-stf",
+    finetuned: Annotated[bool, typer.Option(help="--model is fine-tuned for this task already.")] = False,
+    epochs: Epochs = 2.0,
+    learning_rate: Rate = 5e-5,
+    dense_dropout: Dropout = None,
+    compress_epochs: Epochs = 2.0,
+    compress_steps: Steps = 0,
+    compress_learning_rate: Rate = 1e-4,
+    dictionary_learning_rate: DictionaryRate = 1e-3,
+    batch_size: Batch = 32,
+    max_length: Length = 0,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    distill: Distill = True,
+    hidden_weight: Hidden = 0.0,
+    omp_interval: Interval = 1,
+    storage: StorageType = "float16",
+    dense_output: Annotated[Path | None, typer.Option(help="Keep the dense model folder here as well.")] = None,
+    work: Annotated[Path, typer.Option(help="Checkpoints between the stages; a killed run goes on from here.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Fine-tune, compress, export and measure; run it again after a kill and it goes on where it was."""
+    from compressor import pipeline
+
+    dense = TrainConfig(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=_length(max_length, task),
+        dropout=dense_dropout,
+        precision=precision,
+        seed=seed,
+    )
+    sparse = TrainConfig(
+        epochs=compress_epochs,
+        max_steps=compress_steps,
+        batch_size=batch_size,
+        learning_rate=compress_learning_rate,
+        dictionary_learning_rate=dictionary_learning_rate,
+        max_length=_length(max_length, task),
+        dropout=0.0,
+        precision=precision,
+        seed=seed,
+        distill_weight=0.9 if distill else 0.0,
+        hidden_weight=hidden_weight if distill else 0.0,
+        omp_interval=omp_interval,
+    )
+    card = pipeline.run(
+        model,
+        _data(task, data, train_file, validation_file, rows),
+        CompressionConfig(preset, gamma, delta, block_size),
+        KSVDConfig(iterations, dictionary_update, seed),
+        dense,
+        sparse,
+        output,
+        work=work,
+        dense_output=dense_output,
+        finetuned=finetuned,
+        schedule=schedule,
+        storage=storage,
+    )
+    _show(
+        {
+            **{f"dense {name}": value for name, value in card["dense"]["metrics"].items()},
+            **{f"dsformer {name}": value for name, value in card["metrics"].items()},
+            **card["sizes"],
+        },
+        str(output),
+    )
+
+
+def _show(numbers: dict[str, Any], title: str) -> None:
+    """Numbers on standard output, as JSON for programs or a table for people."""
+    if not sys.stdout.isatty():
+        print(json.dumps(numbers))
+        return
+    table = Table("", "", title=title, show_header=False)
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    stdout.print(table)
+
+
+def main() -> None:
+    """The console command: what a user can mend is one sentence and exit status 2, never a traceback."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    from compressor.export import ExportError
+    from compressor.train import TrainingError
+
+    try:
+        app()
+    except (
+        ConfigError,
+        DataError,
+        SaveError,
+        TrainingError,
+        ExportError,
+        UnknownTaskError,
+        ValueError,
+    ) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

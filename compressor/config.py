@@ -1,0 +1,185 @@
+"""How much to compress, and how to train: plain frozen values, checked before any work starts.
+
+A layer with M = ``out_features`` rows and N = ``in_features`` columns is cut into N/B blocks of B columns;
+each block becomes K = γ·M atoms and S = δ·B nonzeros a row (section 4.1 of the paper).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Literal
+
+ROLES = ("qkv", "attention_output", "ffn1", "ffn2")
+Role = Literal["qkv", "attention_output", "ffn1", "ffn2"]
+Schedule = Literal["ft-f-stf", "ft-f-ft"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message says what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """γ per role and δ, as fractions of the layer's own sizes."""
+
+    gamma: dict[str, Fraction]
+    delta: Fraction
+
+
+def _uniform(gamma: Fraction) -> dict[str, Fraction]:
+    return dict.fromkeys(ROLES, gamma)
+
+
+# The γ and δ that reproduce the paper's own ratios by its eq. 11 (BERT-base, averaged by parameters).
+# Section 5.2 prints γ = 1/4, which cannot give them.
+PRESETS = {
+    "2x": Preset(
+        dict(zip(ROLES, (Fraction(5, 36), Fraction(1, 6), Fraction(13, 96), Fraction(1, 6)), strict=True)),
+        Fraction(9, 32),
+    ),
+    "2.8x": Preset(_uniform(Fraction(1, 8)), Fraction(3, 16)),
+    "3.57x": Preset(_uniform(Fraction(1, 8)), Fraction(1, 8)),
+}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The sizes of one factorized matrix.
+
+    ``out_features`` M, ``in_features`` N, ``block_size`` B, ``n_atoms`` K, ``n_nonzero`` S.
+    """
+
+    out_features: int
+    in_features: int
+    block_size: int
+    n_atoms: int
+    n_nonzero: int
+
+    @property
+    def n_blocks(self) -> int:
+        return self.in_features // self.block_size
+
+    @property
+    def inverse_ratio(self) -> float:
+        """1/CR of this matrix by eq. 11: γ + (1 + log2(K)/32)·δ, indices included."""
+        gamma = self.n_atoms / self.out_features
+        delta = self.n_nonzero / self.block_size
+        return gamma + (1 + math.log2(self.n_atoms) / 32) * delta
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """γ and δ, either by preset or free, and the block size B (0: the model's head size)."""
+
+    preset: str = "2.8x"
+    gamma: float | None = None
+    delta: float | None = None
+    block_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"unknown preset {self.preset!r}: the presets are {', '.join(PRESETS)}")
+        for name, value in (("gamma", self.gamma), ("delta", self.delta)):
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"{name} must lie in (0, 1], got {value}")
+        if self.block_size < 0:
+            raise ConfigError(f"block size must be positive (or 0 for the head size), got {self.block_size}")
+
+    @property
+    def name(self) -> str:
+        """The preset's name, or ``custom`` when γ or δ was given."""
+        return self.preset if self.gamma is None and self.delta is None else "custom"
+
+    def gamma_of(self, role: str) -> float:
+        return self.gamma if self.gamma is not None else float(PRESETS[self.preset].gamma[role])
+
+    def delta_value(self) -> float:
+        return self.delta if self.delta is not None else float(PRESETS[self.preset].delta)
+
+    def plan(self, name: str, role: str, out_features: int, in_features: int) -> LayerPlan:
+        """Sizes for one matrix; raises :class:`ConfigError` where γ, δ and B do not fit it."""
+        block = self.block_size
+        if in_features % block:
+            raise ConfigError(
+                f"{name}: in_features {in_features} is not divisible by the block size {block}; "
+                f"choose a block size that divides it"
+            )
+        n_atoms = round(self.gamma_of(role) * out_features)
+        n_nonzero = round(self.delta_value() * block)
+        if n_atoms <= block:
+            raise ConfigError(
+                f"{name}: gamma {self.gamma_of(role):.4g} gives {n_atoms} atoms for {out_features} rows, but "
+                f"a dictionary needs more atoms than the block size {block}; raise gamma or lower the block size"
+            )
+        if n_nonzero < 1:
+            raise ConfigError(
+                f"{name}: delta {self.delta_value():.4g} gives no nonzero in a block of {block}; raise delta"
+            )
+        if n_nonzero > n_atoms:
+            raise ConfigError(f"{name}: {n_nonzero} nonzeros a row exceed the {n_atoms} atoms; lower delta")
+        return LayerPlan(out_features, in_features, block, n_atoms, n_nonzero)
+
+
+def compression_ratio(plans: list[LayerPlan]) -> float:
+    """CR by eq. 11 over several matrices, averaged by parameters."""
+    dense = sum(plan.out_features * plan.in_features for plan in plans)
+    compressed = sum(plan.out_features * plan.in_features * plan.inverse_ratio for plan in plans)
+    return dense / compressed
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training stage.
+
+    ``learning_rate`` is for the weights; the dictionaries have their own, since their gradient is that of
+    ½‖W − SD‖² and not of the task. ``max_steps`` 0 means whole epochs. ``dropout`` None keeps the model's own.
+    """
+
+    epochs: float = 2.0
+    max_steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    dictionary_learning_rate: float = 1e-3
+    warmup_share: float = 0.06
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    doc_stride: int = 128
+    dropout: float | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    checkpoint_seconds: float = 120.0
+    omp_interval: int = 1
+    distill_weight: float = 0.9
+    distill_temperature: float = 2.0
+    hidden_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "learning_rate", "dictionary_learning_rate", "max_length")
+        for name in (*positive, "omp_interval", "distill_temperature", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup_share", "distill_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    def without_distillation(self) -> TrainConfig:
+        return replace(self, distill_weight=0.0, hidden_weight=0.0)
+
+
+@dataclass(frozen=True)
+class KSVDConfig:
+    """The single-shot factorization: ``iterations`` sweeps of coding and dictionary update."""
+
+    iterations: int = 15
+    update: Literal["auto", "mod", "ksvd"] = "auto"
+    seed: int = 0
+    roles: tuple[str, ...] = field(default=ROLES)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ConfigError(f"iterations must be at least 1, got {self.iterations}")

@@ -1,0 +1,124 @@
+"""Sparse coding by orthogonal matching pursuit, on any device.
+
+Every row of a block ``W_i`` (M × B) is written as S atoms of the dictionary ``D_i`` (K × B). On a CPU the native
+batch-OMP of ``kernels`` does it; elsewhere the same greedy algorithm runs as batched tensor operations. Both are
+Rubinstein, Zibulevsky and Elad, "Efficient Implementation of the K-SVD Algorithm using Batch Orthogonal Matching
+Pursuit" (2008): the Gram matrix is computed once and residuals are never formed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import kernels
+
+# Floats the batched form may hold at once in its (rows, S, K) buffer: 64 Mi floats are 256 MiB.
+_BUFFER_FLOATS = 64 * 2**20
+# An atom whose part orthogonal to the chosen ones is below this (squared) adds nothing but rounding noise.
+_MIN_PIVOT = 1e-6
+
+
+def blocks(weight: Tensor, block_size: int) -> Tensor:
+    """(M, N) → (N/B, M, B), a view."""
+    return weight.unflatten(1, (-1, block_size)).transpose(0, 1)
+
+
+@torch.no_grad()
+def sparse_code(weight: Tensor, dictionary: Tensor, n_nonzero: int) -> tuple[Tensor, Tensor]:
+    """Code ``weight`` (M, N) float32 over ``dictionary`` (N/B, K, B) with unit-norm atoms.
+
+    Returns ``indices`` (N/B, M, S) int64, distinct within a row, and ``values`` (N/B, M, S) float32: the
+    least-squares coefficients on that support. Rows that need fewer atoms carry zeros.
+    """
+    if weight.device.type == "cpu":
+        indices, values = kernels.batch_omp(
+            weight.detach().contiguous().numpy(), dictionary.detach().contiguous().numpy(), n_nonzero
+        )
+        return torch.from_numpy(indices).long(), torch.from_numpy(values)
+    return sparse_code_batched(weight, dictionary, n_nonzero)
+
+
+@torch.no_grad()
+def refit(weight: Tensor, dictionary: Tensor, indices: Tensor) -> Tensor:
+    """Least-squares ``values`` (N/B, M, S) on given supports: what changes between two codings."""
+    if weight.device.type == "cpu":
+        values = kernels.refit(
+            weight.detach().contiguous().numpy(),
+            dictionary.detach().contiguous().numpy(),
+            indices.to(torch.int32).contiguous().numpy(),
+        )
+        return torch.from_numpy(values)
+    targets = blocks(weight, dictionary.shape[2])  # (nb, M, B)
+    nb, m, s = indices.shape
+    atoms = dictionary.gather(1, indices.reshape(nb, m * s, 1).expand(-1, -1, dictionary.shape[2]))
+    atoms = atoms.reshape(nb, m, s, -1)
+    gram = atoms @ atoms.transpose(2, 3)
+    gram.diagonal(dim1=2, dim2=3).add_(_MIN_PIVOT)
+    right = atoms @ targets.unsqueeze(3)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram)).squeeze(3)
+
+
+@torch.no_grad()
+def sparse_code_batched(weight: Tensor, dictionary: Tensor, n_nonzero: int) -> tuple[Tensor, Tensor]:
+    """Batch-OMP as tensor operations, the form for accelerators; arguments as in :func:`sparse_code`.
+
+    It keeps, for every row, the correlations T_j of each orthogonalized chosen atom with all atoms, so one step is
+    a gather, two small products and an update; the coefficients come from one triangular solve at the end.
+    """
+    block_size = dictionary.shape[2]
+    n_atoms = dictionary.shape[1]
+    targets = blocks(weight.float(), block_size)
+    gram = dictionary @ dictionary.transpose(1, 2)  # (nb, K, K)
+    rows_at_once = max(1, _BUFFER_FLOATS // (n_nonzero * n_atoms))
+    indices, values = [], []
+    for block, block_gram, atoms in zip(targets, gram, dictionary, strict=True):
+        parts = [_code_rows(rows @ atoms.T, block_gram, n_nonzero) for rows in block.split(rows_at_once, dim=0)]
+        indices.append(torch.cat([part[0] for part in parts]))
+        values.append(torch.cat([part[1] for part in parts]))
+    return torch.stack(indices), torch.stack(values)
+
+
+def _code_rows(alpha: Tensor, gram: Tensor, n_nonzero: int) -> tuple[Tensor, Tensor]:
+    """OMP of R rows: ``alpha`` (R, K) correlations with the atoms, ``gram`` (K, K)."""
+    rows, n_atoms = alpha.shape
+    start = alpha.abs().amax(dim=1)
+    everyone = torch.arange(rows, device=alpha.device)
+    residual = alpha.clone()
+    chosen = torch.zeros(rows, n_nonzero, dtype=torch.long, device=alpha.device)
+    taken = torch.zeros(rows, n_atoms, dtype=torch.bool, device=alpha.device)
+    orthogonal = alpha.new_zeros(rows, n_nonzero, n_atoms)  # T_j
+    steps = alpha.new_zeros(rows, n_nonzero)  # coefficient along the j-th orthogonalized atom
+    lower = torch.eye(n_nonzero, device=alpha.device).repeat(rows, 1, 1)  # chosen = lower · orthogonalized
+    alive = start > 0
+    for j in range(n_nonzero):
+        score = residual.abs().masked_fill(taken, -1.0)
+        atom = score.argmax(dim=1)
+        alive = alive & (score[everyone, atom] > 1e-7 * start)
+        chosen[:, j] = atom
+        taken[everyone, atom] = True
+        before = orthogonal[:, :j].gather(2, atom.view(-1, 1, 1).expand(-1, j, 1)).squeeze(2)  # (R, j)
+        pivot = 1 - (before * before).sum(1)
+        alive = alive & (pivot > _MIN_PIVOT)
+        scale = pivot.clamp_min(_MIN_PIVOT).rsqrt()
+        new = (gram[atom] - (before.unsqueeze(1) @ orthogonal[:, :j]).squeeze(1)) * scale.unsqueeze(1)
+        step = torch.where(alive, residual[everyone, atom] * scale, 0.0)
+        orthogonal[:, j] = new
+        lower[:, j, :j] = before
+        lower[:, j, j] = 1 / scale
+        steps[:, j] = step
+        residual = residual - step.unsqueeze(1) * new
+    values = torch.linalg.solve_triangular(lower.transpose(1, 2), steps.unsqueeze(2), upper=True).squeeze(2)
+    return chosen, values
+
+
+def dense_codes(indices: Tensor, values: Tensor, n_atoms: int) -> Tensor:
+    """Codes as (N/B, M, K) dense matrices; differentiable in ``values``."""
+    shape = (*indices.shape[:2], n_atoms)
+    return torch.zeros(shape, dtype=values.dtype, device=values.device).scatter(2, indices, values)
+
+
+def reconstruct(dictionary: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """S·D as one (M, N) matrix (paper eq. 8); differentiable in ``dictionary`` and ``values``."""
+    product = dense_codes(indices, values, dictionary.shape[1]) @ dictionary  # (nb, M, B)
+    return product.transpose(0, 1).flatten(1)

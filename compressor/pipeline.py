@@ -1,0 +1,378 @@
+"""The stages of a compression and what they hand to each other: folders, so that a killed run goes on from the last.
+
+finetune   model → dense checkpoint                 (FT)
+compress   dense checkpoint → factorized checkpoint (K-SVD, then STF or frozen supports)
+export     checkpoint → model folder for the service
+run        all of them, and the measured card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressor import checkpoint
+from compressor.checkpoint import Record
+from compressor.config import (
+    CompressionConfig,
+    ConfigError,
+    KSVDConfig,
+    Schedule,
+    TrainConfig,
+    compression_ratio,
+)
+from compressor.data import Example, Feature, classify_features, complete_task, load_examples, qa_features
+from compressor.evaluate import evaluate_folder, evaluate_model
+from compressor.export import Storage, export
+from compressor.files import replace_file
+from compressor.ksvd import factorize, relative_error, svd_error
+from compressor.progress import progress
+from compressor.stf import factorize_model, head_size, is_frozen, plan_model, stacked_weight
+from compressor.tasks import Task, find_task
+from compressor.train import train
+
+log = logging.getLogger(__name__)
+
+# Share of a user's only file that is held out to measure on.
+_HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the examples come from: a folder of known tasks, the user's own files, or (neither given) the hub.
+
+    ``rows`` draws that many training rows at random, by the stage's seed.
+    """
+
+    task: str
+    folder: Path | None = None
+    train_file: Path | None = None
+    validation_file: Path | None = None
+    rows: int | None = None
+
+    def resolve(self) -> Task:
+        """The task, with labels read from the user's file where it defines them."""
+        return complete_task(find_task(self.task), self.train_file)
+
+    def examples(self, task: Task, seed: int) -> tuple[list[Example], list[Example]]:
+        """Training and validation examples; a user's single file is split by ``seed``."""
+        sources = (self.folder, self.train_file, self.validation_file)
+        training = load_examples(task, "train", *sources)
+        if self.train_file and not self.validation_file:
+            order = np.random.default_rng(seed).permutation(len(training)).tolist()
+            held_out = max(1, round(_HELD_OUT * len(training)))
+            if held_out == len(training):
+                raise ConfigError(f"{self.train_file} has one example; training needs at least two")
+            validation = [training[i] for i in order[:held_out]]
+            training = [training[i] for i in order[held_out:]]
+            log.info("held out %d of the rows of %s to measure on", held_out, self.train_file)
+        else:
+            validation = self.validation(task)
+        if self.rows is not None and self.rows < len(training):
+            order = np.random.default_rng(seed).permutation(len(training)).tolist()
+            training = [training[i] for i in order[: self.rows]]
+        return training, validation
+
+    def validation(self, task: Task) -> list[Example]:
+        return load_examples(task, "validation", self.folder, self.train_file, self.validation_file)
+
+
+def features_of(examples: Sequence[Example], tokenizer: Any, task: Task, config: TrainConfig) -> list[Feature]:
+    """Training features of the task's kind."""
+    if task.kind == "qa":
+        return qa_features(
+            examples,  # type: ignore[arg-type]
+            tokenizer,
+            config.max_length,
+            config.doc_stride,
+            training=True,
+            unanswerable=task.unanswerable,
+        )
+    return classify_features(examples, tokenizer, config.max_length)  # type: ignore[arg-type]
+
+
+def finetune(
+    source: str, data: Data, config: TrainConfig, output: Path, *, resume: bool = False, measure: bool = True
+) -> Record:
+    """Fine-tune ``source`` densely and write the checkpoint folder ``output``."""
+    task = data.resolve()
+    torch.manual_seed(config.seed)  # the task head is drawn here
+    loaded = checkpoint.load(source, task)
+    model = loaded.model.to(_device())
+    training, validation = data.examples(task, config.seed)
+    features = features_of(training, loaded.tokenizer, task, config)
+    result = train(
+        model,
+        features,
+        task,
+        config.without_distillation(),
+        pad_id=loaded.tokenizer.pad_token_id,
+        checkpoint=_beside(output, "training.pt"),
+        resume=resume,
+        title=f"fine-tuning on {task.name}",
+    )
+    record = Record(
+        task=task.name,
+        base_model=Path(source).name if Path(source).is_dir() else source,
+        stage="finetune",
+        seed=config.seed,
+        minutes=round(result.minutes, 1),
+        train=asdict(config),
+        versions=versions(),
+        extra={"train_rows": len(training), "validation_rows": len(validation), "steps": result.steps},
+    )
+    if measure:
+        record.metrics = evaluate_model(model, loaded.tokenizer, task, validation)
+    checkpoint.save(output, model, loaded.tokenizer, record)
+    _beside(output, "training.pt").unlink(missing_ok=True)
+    return record
+
+
+def compress(
+    source: str,
+    data: Data,
+    compression: CompressionConfig,
+    ksvd: KSVDConfig,
+    config: TrainConfig,
+    output: Path,
+    *,
+    schedule: Schedule = "ft-f-stf",
+    resume: bool = False,
+    measure: bool = True,
+) -> Record:
+    """Factorize the fine-tuned checkpoint ``source`` and train through the factorization into ``output``."""
+    task = data.resolve()
+    loaded = checkpoint.load(source, task)
+    if loaded.factors:
+        raise ConfigError(f"{source} is factorized already; give the dense fine-tuned checkpoint")
+    training, validation = data.examples(task, config.seed)
+    model = loaded.model.to(_device())
+    planned = plan_model(model, compression)
+    stacks = factorize_model(model, compression, ksvd)
+    errors = {
+        stack.names[0]: round(relative_error(stacked_weight(model, stack.names), stack.dense()), 4) for stack in stacks
+    }
+    if is_frozen(schedule):
+        for stack in stacks:
+            stack.freeze_supports()
+    teacher = None
+    if config.distill_weight or config.hidden_weight:
+        teacher = checkpoint.load(source, task).model.to(_device()).eval().requires_grad_(False)
+    result = train(
+        model,
+        features_of(training, loaded.tokenizer, task, config),
+        task,
+        config,
+        pad_id=loaded.tokenizer.pad_token_id,
+        checkpoint=_beside(output, "training.pt"),
+        teacher=teacher,
+        resume=resume,
+        title=f"{schedule} on {task.name}",
+    )
+    record = Record(
+        task=task.name,
+        base_model=loaded.record.base_model if loaded.record else Path(source).name,
+        stage=schedule,
+        seed=config.seed,
+        minutes=round(result.minutes, 1),
+        train=asdict(config),
+        compression={
+            "preset": compression.name,
+            "gamma": {spec.role: plan.n_atoms / plan.out_features for spec, plan in planned},
+            "delta": compression.delta_value(),
+            "block_size": planned[0][1].block_size,
+            "ratio_eq11": round(compression_ratio([plan for _, plan in planned]), 4),
+            "ksvd": asdict(ksvd),
+            "ksvd_relative_error": errors,
+        },
+        teacher_metrics=loaded.record.metrics if loaded.record else None,
+        versions=versions(),
+        extra={
+            "train_rows": len(training),
+            "validation_rows": len(validation),
+            "steps": result.steps,
+            "support_flip_share": round(result.support_flip_share, 5),
+        },
+    )
+    if measure:
+        record.metrics = evaluate_model(model, loaded.tokenizer, task, validation)
+    checkpoint.save(output, model, loaded.tokenizer, record)
+    _beside(output, "training.pt").unlink(missing_ok=True)
+    return record
+
+
+def export_checkpoint(
+    source: Path, data: Data, output: Path, *, storage: Storage = "float16", measure: bool = True
+) -> dict[str, Any]:
+    """Write the model folder ``output`` for the service from a checkpoint folder; returns its card.
+
+    The card's numbers are measured on the exported model itself, over the whole validation set.
+    """
+    task = data.resolve()
+    loaded = checkpoint.load(str(source), task)
+    record = loaded.record or Record(task.name, source.name, "unknown", 0, 0.0, versions=versions())
+    _, validation = data.examples(task, record.seed) if data.train_file else ([], data.validation(task))
+    plans = [plan for _, plan in loaded.factors]
+    card: dict[str, Any] = {
+        "task": task.name,
+        "base_model": record.base_model,
+        "stage": record.stage,
+        "seed": record.seed,
+        "training_minutes": record.minutes,
+        "train": record.train,
+        "compression": record.compression,
+        "data": {key: record.extra.get(key) for key in ("train_rows", "validation_rows")},
+        "versions": record.versions,
+        "cpu": platform.processor() or platform.machine(),
+    }
+    compression = record.compression or {}
+    entry = {
+        "task": task.kind,
+        "variant": "dsformer" if plans else "dense",
+        "preset": compression.get("preset"),
+        "gamma": compression.get("gamma"),
+        "delta": compression.get("delta"),
+        "block_size": compression.get("block_size"),
+        "base_model": record.base_model,
+    }
+    factors = {factor.members[0]: factor for factor, _ in loaded.factors}
+    card["sizes"] = export(
+        loaded.model,
+        loaded.tokenizer,
+        factors or None,
+        output,
+        config_entry=entry,
+        storage=storage,
+        check_texts=_texts(validation),
+        card=card,
+    )
+    if measure:
+        card["metrics"] = evaluate_folder(output, task, validation)
+        write_card(output, card)
+    return card
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> None:
+    replace_file(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
+
+
+def run(
+    source: str,
+    data: Data,
+    compression: CompressionConfig,
+    ksvd: KSVDConfig,
+    dense: TrainConfig,
+    sparse: TrainConfig,
+    output: Path,
+    *,
+    work: Path,
+    dense_output: Path | None = None,
+    finetuned: bool = False,
+    schedule: Schedule = "ft-f-stf",
+    storage: Storage = "float16",
+) -> dict[str, Any]:
+    """Everything: fine-tune (unless ``finetuned``), compress, export dense and compressed, measure both.
+
+    Stages leave their folders in ``work``; a stage whose folder is there with the same settings is not run again.
+    """
+    task = data.resolve()
+    loaded = checkpoint.load(source, task)
+    plan_model(loaded.model, compression)  # settings that do not fit are refused before hours of work
+    if not compression.block_size:
+        compression = replace(compression, block_size=head_size(loaded.model))
+    del loaded
+    if finetuned:
+        dense_folder = Path(source)
+    else:
+        dense_folder = work / f"dense-{_digest(source, data, dense)}"
+        if checkpoint.load_record(dense_folder) is None:
+            finetune(source, data, dense, dense_folder, resume=True, measure=False)
+    key = _digest(source, data, dense, compression, ksvd, sparse, schedule)
+    compressed_folder = work / f"compressed-{key}"
+    if checkpoint.load_record(compressed_folder) is None:
+        compress(
+            str(dense_folder),
+            data,
+            compression,
+            ksvd,
+            sparse,
+            compressed_folder,
+            schedule=schedule,
+            resume=True,
+            measure=False,
+        )
+    dense_card = export_checkpoint(dense_folder, data, dense_output or work / "dense-onnx", storage=storage)
+    card = export_checkpoint(compressed_folder, data, output, storage=storage)
+    headline = task.metric_names[0]
+    card["dense"] = {"metrics": dense_card["metrics"], "sizes": dense_card["sizes"]}
+    card["drop"] = {headline: round(dense_card["metrics"][headline] - card["metrics"][headline], 3)}
+    write_card(output, card)
+    return card
+
+
+def error_table(source: str, task: str, compression: CompressionConfig, ksvd: KSVDConfig) -> list[dict[str, Any]]:
+    """K-SVD against SVD at the same eq.-11 size, matrix by matrix (the paper's figure 1)."""
+    model = checkpoint.load(source, find_task(task)).model.to(_device())
+    planned = plan_model(model, compression)
+    rows = []
+    with progress("K-SVD against SVD", total=len(planned)) as advance:
+        for spec, plan in planned:
+            weight = stacked_weight(model, spec.names).detach()
+            rank, low_rank = svd_error(weight, plan.inverse_ratio)
+            sparse = relative_error(weight, factorize(weight, plan, ksvd).dense())
+            rows.append(
+                {
+                    "matrix": spec.names[0],
+                    "shape": f"{plan.out_features}x{plan.in_features}",
+                    "ratio": 1 / plan.inverse_ratio,
+                    "atoms": plan.n_atoms,
+                    "nonzeros": plan.n_nonzero,
+                    "rank": rank,
+                    "svd_error": low_rank,
+                    "ds_error": sparse,
+                    "ds_over_svd": sparse / low_rank if low_rank else math.nan,
+                }
+            )
+            advance()
+    return rows
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    found = {"python": platform.python_version()}
+    for name in ("dsformer", "torch", "transformers", "onnxruntime", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _texts(validation: Sequence[Example]) -> list[Any]:
+    """A few real inputs, short and long, on which the export is checked."""
+    by_length = sorted(validation, key=lambda example: len(str(example)))
+    return [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(8, len(by_length))).astype(int)]
+
+
+def _digest(*values: Any) -> str:
+    """Eight characters that name a stage's settings."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
+
+
+def _beside(folder: Path, name: str) -> Path:
+    return folder.with_name(f"{folder.name}.{name}")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,272 @@
+"""The Straight-Through Factorizer: train a model whose weights are S·D while W is what the optimiser moves.
+
+How it works (paper algorithm 1). The forward pass uses ``S·D`` with S coded afresh by OMP from the current W and D.
+The backward pass hands the task's gradient to W as if the factorization were the identity, gives D the gradient of
+½‖W − SD‖², and S nothing::
+
+    grad W = g        grad D = Sᵀ(S·D − W)        grad S = none
+
+What follows from that second rule is kept in one place, here and in ``train.py``: D's gradient does not come from
+the loss, so it is collected once per optimiser step, clipped apart from W's, and gets no weight decay; atoms are
+renormalised before they are coded with.
+
+The baseline FT-F-FT is the same module with the supports frozen: W is dropped, and D and the values get their true
+gradients.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.config import CompressionConfig, ConfigError, KSVDConfig, LayerPlan, Schedule
+from compressor.ksvd import Factorization, factorize
+from compressor.omp import dense_codes, reconstruct, refit, sparse_code
+from compressor.progress import progress
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rows of ``S·D`` in place of the same rows of W."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dictionary: Tensor, indices: Tensor, values: Tensor, collect: bool) -> Tensor:
+        product = reconstruct(dictionary, indices, values)
+        ctx.collect = collect
+        ctx.n_atoms, ctx.block_size = dictionary.shape[1:]
+        if collect:  # indices and values, not dense codes: those would be K/B times the weight
+            ctx.save_for_backward(weight, product, indices, values)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not ctx.collect or not ctx.needs_input_grad[1]:
+            return gradient, None, None, None, None
+        weight, product, indices, values = ctx.saved_tensors
+        codes = dense_codes(indices, values, ctx.n_atoms)
+        error = (product - weight).unflatten(1, (-1, ctx.block_size)).transpose(0, 1)
+        return gradient, codes.transpose(1, 2) @ error, None, None, None
+
+
+class FactorizedStack(nn.Module):
+    """One dictionary a block for a stack of layers that share their input (Q, K and V; else a single layer).
+
+    ``dictionary`` (N/B, K, B) is a parameter, ``indices`` (N/B, M, S) and ``values`` (N/B, M, S) are the codes of
+    the members' weights, stacked in order: M is the sum of their ``out_features``.
+    """
+
+    indices: Tensor
+
+    def __init__(self, names: Sequence[str], plan: LayerPlan, start: Factorization) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.plan = plan
+        self.dictionary = nn.Parameter(start.dictionary.clone())
+        self.values = nn.Parameter(start.values.clone(), requires_grad=False)
+        self.register_buffer("indices", start.indices.clone())
+        self.frozen = False
+        # Set by the training loop: only the first micro-batch of an optimiser step collects grad D.
+        self.collect_dictionary_gradient = True
+
+    def freeze_supports(self) -> None:
+        """From here on D and the values are trained by their true gradients (FT-F-FT)."""
+        self.frozen = True
+        self.values.requires_grad_(True)
+
+    @torch.no_grad()
+    def code(self, weight: Tensor, *, afresh: bool = True) -> float:
+        """New codes of the stacked ``weight`` (M, N); ``afresh=False`` keeps the supports and re-solves values.
+
+        Returns the share of support entries that changed.
+        """
+        norms = self.dictionary.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        self.dictionary.div_(norms)
+        if not afresh:
+            self.values.copy_(refit(weight, self.dictionary, self.indices))
+            return 0.0
+        indices, values = sparse_code(weight, self.dictionary, self.plan.n_nonzero)
+        before = torch.zeros(*indices.shape[:2], self.plan.n_atoms, dtype=torch.bool, device=indices.device)
+        kept = before.scatter(2, self.indices, True).gather(2, indices).float().mean()
+        self.indices.copy_(indices)
+        self.values.copy_(values)
+        return 1.0 - float(kept)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """S·D of the whole stack, (M, N)."""
+        return reconstruct(self.dictionary, self.indices, self.values)
+
+    def effective(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` of S·D, with the gradients of the schedule in force."""
+        indices, values = self.indices[:, start:stop], self.values[:, start:stop]
+        if self.frozen:
+            return reconstruct(self.dictionary, indices, values)
+        product: Tensor = _StraightThrough.apply(
+            weight, self.dictionary, indices, values, self.collect_dictionary_gradient
+        )
+        return product
+
+
+class FactorizedLinear(nn.Module):
+    """An ``nn.Linear`` whose weight is a slice of a stack's S·D; keeps W and the bias of the layer it replaces."""
+
+    def __init__(self, linear: nn.Linear, stack: FactorizedStack, start: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rows = (start, start + linear.out_features)
+        self._stack = (stack,)  # a tuple, so that the stack is registered once, in the model's own list
+
+    def effective_weight(self) -> Tensor:
+        return self._stack[0].effective(self.weight, *self.rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.effective_weight(), self.bias)
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """The layers of one stack by module name, and their role."""
+
+    names: tuple[str, ...]
+    role: str
+
+
+# Where the four kinds of matrices live in each architecture's layer, relative to it.
+_LAYER_PATTERNS = (
+    # BERT, RoBERTa, ELECTRA, CamemBERT, XLM-RoBERTa, MPNet-less kin
+    {
+        "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention_output": ("attention.output.dense",),
+        "ffn1": ("intermediate.dense",),
+        "ffn2": ("output.dense",),
+    },
+    # DistilBERT
+    {
+        "qkv": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        "attention_output": ("attention.out_lin",),
+        "ffn1": ("ffn.lin1",),
+        "ffn2": ("ffn.lin2",),
+    },
+    # ALBERT
+    {
+        "qkv": ("attention.query", "attention.key", "attention.value"),
+        "attention_output": ("attention.dense",),
+        "ffn1": ("ffn",),
+        "ffn2": ("ffn_output",),
+    },
+)
+
+
+def find_stacks(model: nn.Module) -> list[StackSpec]:
+    """The matrices of every encoder layer, Q, K and V stacked; raises :class:`ConfigError` for other models."""
+    modules = dict(model.named_modules())
+    for pattern in _LAYER_PATTERNS:
+        query = pattern["qkv"][0]
+        ends = re.compile(rf"^(.*)\.{re.escape(query)}$")
+        layers = [match.group(1) for name in modules if (match := ends.match(name))]
+        specs = [
+            StackSpec(tuple(f"{layer}.{name}" for name in names), role)
+            for layer in layers
+            for role, names in pattern.items()
+        ]
+        if specs and all(isinstance(modules.get(name), nn.Linear) for spec in specs for name in spec.names):
+            return specs
+    raise ConfigError(
+        f"{type(model).__name__} is not a model of the BERT family that can be factorized: expected encoder layers "
+        f"with query, key, value, output and two feed-forward linear layers"
+    )
+
+
+def stacked_weight(model: nn.Module, names: Sequence[str]) -> Tensor:
+    """The members' weights on top of one another, (M, N)."""
+    weights = [model.get_submodule(name).weight for name in names]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)  # type: ignore[arg-type, return-value]
+
+
+def head_size(model: Any) -> int:
+    """Width of one attention head, the paper's block size."""
+    config = model.config
+    return int(config.hidden_size // config.num_attention_heads)
+
+
+def plan_model(model: nn.Module, config: CompressionConfig) -> list[tuple[StackSpec, LayerPlan]]:
+    """Sizes of every stack, or the :class:`ConfigError` of the first that does not fit."""
+    if not config.block_size:
+        config = CompressionConfig(config.preset, config.gamma, config.delta, head_size(model))
+    return [
+        (spec, config.plan(spec.names[0], spec.role, *stacked_weight(model, spec.names).shape))
+        for spec in find_stacks(model)
+    ]
+
+
+def factorize_model(
+    model: nn.Module,
+    config: CompressionConfig,
+    ksvd: KSVDConfig = KSVDConfig(),  # noqa: B008 - frozen
+) -> list[FactorizedStack]:
+    """Replace every encoder matrix of ``model`` by its K-SVD factorization, in place.
+
+    Returns the stacks; the model also holds them as ``model.factorized_stacks``.
+    """
+    plans = plan_model(model, config)
+    starts = []
+    sweeps = (ksvd.iterations + 1) * (2 if ksvd.update == "auto" else 1)
+    with progress("K-SVD", total=len(plans) * sweeps) as advance:
+        for spec, plan in plans:
+            starts.append(factorize(stacked_weight(model, spec.names), plan, ksvd, on_sweep=advance))
+    return attach(model, plans, starts)
+
+
+def attach(
+    model: nn.Module, plans: list[tuple[StackSpec, LayerPlan]], starts: Sequence[Factorization]
+) -> list[FactorizedStack]:
+    """Put known factorizations into ``model`` in place of its linear layers."""
+    stacks = []
+    for (spec, plan), start in zip(plans, starts, strict=True):
+        stack = FactorizedStack(spec.names, plan, start)
+        offset = 0
+        for name in spec.names:
+            parent, _, child = name.rpartition(".")
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            setattr(model.get_submodule(parent), child, FactorizedLinear(linear, stack, offset))
+            offset += linear.out_features
+        stacks.append(stack)
+    model.factorized_stacks = nn.ModuleList(stacks)
+    return stacks
+
+
+def code_model(model: nn.Module, *, afresh: bool = True) -> float:
+    """Code every stack from the weights as they are now; returns the mean share of changed support entries."""
+    flips = [stack.code(stacked_weight(model, stack.names), afresh=afresh) for stack in stacks_of(model)]
+    return sum(flips) / len(flips)
+
+
+def stacks_of(model: nn.Module) -> list[FactorizedStack]:
+    """The stacks of a factorized model; empty for a dense one."""
+    return list(getattr(model, "factorized_stacks", ()))
+
+
+@torch.no_grad()
+def materialize(model: nn.Module) -> nn.Module:
+    """Turn a factorized model back into plain linear layers that hold S·D, in place; for saving and export."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FactorizedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            linear.weight = nn.Parameter(module.effective_weight().detach().clone())
+            linear.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+    if stacks_of(model):
+        del model.factorized_stacks
+    return model
+
+
+def is_frozen(schedule: Schedule) -> bool:
+    """Whether the schedule's last stage keeps the supports of the K-SVD."""
+    return schedule == "ft-f-ft"
