@@ -1,4 +1,4 @@
-# Five words: build · check · test · bench · serve.
+# Four words: serve · test · check · build.
 #
 # `make serve` and `make test` need nothing but Python 3.10 or later and a C++ compiler: the virtual environment,
 # its packages and the C++ library are made on the first call, and again when pyproject.toml or the C++ changes.
