@@ -15,6 +15,7 @@ ARGS ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
+everything := '.[compress,test]'
 sources := pyproject.toml kernels/CMakeLists.txt $(wildcard kernels/csrc/* kernels/csrc/*/*)
 
 .PHONY: build check test serve
@@ -47,7 +48,7 @@ $(VENV)/checkout:
 # An ordinary failure of pip (no network, a compile error) leaves the environment as it was; being killed does not.
 define install
 @rm -f $(VENV)/checkout
-$(pip) install $(1); status=$$?; echo '$(CURDIR)' >$(VENV)/checkout; exit $$status
+@echo "pip install $(1)"; $(pip) install $(1); status=$$?; echo '$(CURDIR)' >$(VENV)/checkout; exit $$status
 endef
 
 $(VENV)/for-serving: $(sources) | $(VENV)/checkout
@@ -56,5 +57,5 @@ $(VENV)/for-serving: $(sources) | $(VENV)/checkout
 
 $(VENV)/for-testing: $(sources) | $(VENV)/checkout
 	$(call install,$(TORCH))
-	$(call install,--editable '.[compress,test]')
+	$(call install,--editable $(everything))
 	@touch $(VENV)/for-serving $@
