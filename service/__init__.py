@@ -1,0 +1,1 @@
+"""HTTP service: texts in, answers of ONNX model folders out."""

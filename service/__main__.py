@@ -1,0 +1,47 @@
+"""`dsformer-serve`, also `python -m service`: read the settings, open the models, listen."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+from pydantic_settings import CliApp, SettingsError
+
+from service import logs
+from service.app import create_app
+from service.errors import StartError
+from service.settings import Settings, sentences, unknown_variables
+
+log = logging.getLogger("service")
+
+EXIT_START = 1
+EXIT_USAGE = 2
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        settings = CliApp.run(Settings, cli_args=sys.argv[1:] if argv is None else argv)
+    except ValidationError as error:
+        print(sentences(error), file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    logs.configure(settings.log_level)
+    for name in unknown_variables(os.environ):
+        log.warning("environment variable is no option of the service", extra={"variable": name})
+    # The tokenizers library would otherwise start one thread for each CPU of the host.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(settings.threads))
+    try:
+        app = create_app(settings)
+    except StartError as error:
+        log.critical(str(error))
+        sys.exit(EXIT_START)
+    uvicorn.run(app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False)
+
+
+if __name__ == "__main__":
+    main()

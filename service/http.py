@@ -1,0 +1,151 @@
+"""What surrounds every request: its id, the body cap, error bodies, response counters and the access log line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import errors
+from service.errors import PayloadTooLarge, ServiceError, UnsupportedMedia
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+OUTCOME_OF_STATUS = {503: "not_ready"}
+# A client that is still sending when its connection closes may never read the 413, so a little more is read first.
+DRAIN_FACTOR = 8
+
+
+class Observed:
+    """Outermost layer: gives each request an id and a clock, and counts and logs its response."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        state = scope.setdefault("state", {})
+        request_id = state["request_id"] = request_id_of(Headers(scope=scope).get("x-request-id"))
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        state["began"] = began
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            log_failure(error, request_id)
+            if status:
+                raise  # the answer has begun; the server can only cut the connection
+            failed = ServiceError("The service failed on this request; its log holds the reason under the request_id.")
+            await errors.response(failed, request_id)(scope, receive, send_with_id)
+        self._observe(scope, status, time.perf_counter() - began)
+
+    def _observe(self, scope: Scope, status: int, seconds: float) -> None:
+        state = scope["state"]
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._metrics.response(route, method, status)
+        task = state.get("task")
+        if task is not None:
+            self._metrics.request(task, state.get("variant"), outcome_of(status), seconds)
+        # Probes and scrapes come every few seconds and say nothing while they succeed.
+        quiet = task is None and status < 400
+        log.log(
+            logging.DEBUG if quiet else logging.INFO,
+            "request",
+            extra={
+                "request_id": state["request_id"],
+                "route": route,
+                "method": method,
+                "status": status,
+                "variant": state.get("variant", "-"),
+                "milliseconds": round(seconds * 1000, 2),
+            },
+        )
+
+
+def outcome_of(status: int) -> str:
+    if status < 400:
+        return "ok"
+    return OUTCOME_OF_STATUS.get(status, "invalid" if status < 500 else "error")
+
+
+def request_id_of(sent: str | None) -> str:
+    """The client's own id where it is harmless to repeat, else a fresh one."""
+    return sent if sent and REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+
+
+def log_failure(error: BaseException, request_id: str) -> None:
+    """Where a request failed and with what kind of error; the message is left out, for it may repeat user text."""
+    frames = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+    log.error(
+        "request failed",
+        extra={"request_id": request_id, "kind": type(error).__name__, "frames": " < ".join(reversed(frames))},
+    )
+
+
+class CappedRequest(Request):
+    """A request whose body is read once, up to a cap, before anything parses it."""
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_capped"):
+            self._capped = await self._read(self.app.state.service.settings.max_body_bytes)
+        return self._capped
+
+    async def _read(self, cap: int) -> bytes:
+        too_large = PayloadTooLarge(f"The body is larger than {cap} bytes, the most this service takes.")
+        announced = self.headers.get("content-length", "")
+        size = int(announced) if announced.isdecimal() else 0
+        # With Expect: 100-continue the client has sent nothing yet and waits for our word.
+        if size > cap and (size > DRAIN_FACTOR * cap or "expect" in self.headers):
+            raise too_large
+        chunks, total = [], 0
+        async for chunk in self.stream():
+            total += len(chunk)
+            if total > DRAIN_FACTOR * cap:
+                raise too_large
+            if total <= cap:
+                chunks.append(chunk)
+        if total > cap:
+            raise too_large
+        return b"".join(chunks)
+
+
+class TaskRoute(APIRoute):
+    """A route with a JSON body: media type and size are checked before the body is parsed."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            request.state.task = self.path.rsplit("/", 1)[-1]
+            media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+            if media_type != "application/json":
+                raise UnsupportedMedia("Send the body as JSON, with the header Content-Type: application/json.")
+            capped = CappedRequest(request.scope, request.receive)
+            await capped.body()
+            return await handle(capped)
+
+        return guarded

@@ -1,0 +1,194 @@
+"""Bodies of requests and answers. Unknown fields are refused, so a misspelt parameter is never ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from service.settings import Truncation
+
+FunctionName = Literal["default", "softmax", "sigmoid", "none"]
+OffsetEncoding = Literal["codepoint", "utf16", "byte"]
+
+# Names of the union members below. They show up in pydantic's error locations and are taken out there.
+ONE_TEXT, ONE_OBJECT, MANY = "<text>", "<object>", "<list>"
+TAGS = frozenset({ONE_TEXT, ONE_OBJECT, MANY})
+
+
+def not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "the text is empty or only white space")
+    return text
+
+
+def kind_of(value: Any) -> str | None:
+    """Which union member a value is meant to be, so that an error speaks of that one only."""
+    if isinstance(value, str):
+        return ONE_TEXT
+    if isinstance(value, list):
+        return MANY
+    return ONE_OBJECT if isinstance(value, dict | BaseModel) else None
+
+
+Text = Annotated[str, AfterValidator(not_blank)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPair(Strict):
+    """One text, or two that the model reads together (premise and hypothesis)."""
+
+    text: Text
+    text_pair: Text | None = None
+
+
+ClassifyInput = Annotated[
+    Annotated[Text, Tag(ONE_TEXT)] | Annotated[TextPair, Tag(ONE_OBJECT)],
+    Discriminator(
+        kind_of,
+        custom_error_type="input_type",
+        custom_error_message='expected a text, or an object with "text" and "text_pair"',
+    ),
+]
+
+
+class ClassifyParameters(Strict):
+    top_k: int | None = Field(
+        default=None, ge=1, strict=True, description="Labels per input; null gives all, best first."
+    )
+    function_to_apply: FunctionName = Field(
+        default="default",
+        description="From logits to scores. `default` follows the model: softmax for single-label, sigmoid for "
+        "multi-label, none for regression.",
+    )
+    truncation: Truncation | None = Field(
+        default=None,
+        description="Text longer than the model takes: refuse it (`error`), or keep its start (`right` is cut off) or "
+        "its end (`left` is cut off). Null is the server's default, shown by /info.",
+    )
+    variant: str | None = Field(default=None, description="`dense` or `dsformer`; null is the server's default.")
+
+
+class ClassifyRequest(Strict):
+    inputs: Annotated[
+        Annotated[Text, Tag(ONE_TEXT)]
+        | Annotated[TextPair, Tag(ONE_OBJECT)]
+        | Annotated[list[ClassifyInput], Tag(MANY)],
+        Discriminator(
+            kind_of,
+            custom_error_type="inputs_type",
+            custom_error_message='expected a text, an object with "text" and "text_pair", or a list of these',
+        ),
+    ]
+    parameters: ClassifyParameters = Field(default_factory=ClassifyParameters)
+    options: dict[str, Any] | None = Field(default=None, description="Sent by old clients; accepted and ignored.")
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"inputs": ["a gripping film", "two hours of my life, gone"]}]},
+    )
+
+    def items(self) -> list[TextPair]:
+        items = self.inputs if isinstance(self.inputs, list) else [self.inputs]
+        return [TextPair(text=item) if isinstance(item, str) else item for item in items]
+
+
+class LabelScore(BaseModel):
+    label: str
+    score: float
+
+
+class Question(Strict):
+    question: Text
+    context: Text
+
+
+class QaParameters(Strict):
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        strict=True,
+        description="Answers per input, best first, as a list; null gives one object.",
+    )
+    doc_stride: int | None = Field(
+        default=None,
+        ge=0,
+        strict=True,
+        description="Tokens that neighbouring windows share. Null: 128, or half a window where that is less.",
+    )
+    max_answer_len: int = Field(default=15, ge=1, le=512, strict=True, description="Longest answer in tokens.")
+    max_seq_len: int | None = Field(
+        default=None,
+        ge=8,
+        strict=True,
+        description="Tokens of one window, question included. Null: 384 or the model's limit.",
+    )
+    max_question_len: int = Field(
+        default=64, ge=1, strict=True, description="A longer question is cut to this many tokens."
+    )
+    handle_impossible_answer: bool = Field(
+        default=False, strict=True, description="Allow the empty answer where it scores best."
+    )
+    offset_encoding: OffsetEncoding = Field(
+        default="codepoint",
+        description="Unit of `start` and `end`: `codepoint` (Python), `utf16` (JavaScript, Java) or `byte` (UTF-8).",
+    )
+    variant: str | None = Field(default=None, description="`dense` or `dsformer`; null is the server's default.")
+
+
+class QaRequest(Strict):
+    inputs: Annotated[
+        Annotated[Question, Tag(ONE_OBJECT)] | Annotated[list[Question], Tag(MANY)],
+        Discriminator(
+            kind_of,
+            custom_error_type="inputs_type",
+            custom_error_message='expected an object with "question" and "context", or a list of these',
+        ),
+    ]
+    parameters: QaParameters = Field(default_factory=QaParameters)
+    options: dict[str, Any] | None = Field(default=None, description="Sent by old clients; accepted and ignored.")
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "inputs": {
+                        "question": "Who lives in Berkeley?",
+                        "context": "My name is Clara and I live in Berkeley.",
+                    }
+                }
+            ]
+        },
+    )
+
+    def items(self) -> list[Question]:
+        return self.inputs if isinstance(self.inputs, list) else [self.inputs]
+
+
+class Answer(BaseModel):
+    answer: str = Field(description="`context[start:end]`; empty for the empty answer.")
+    score: float = Field(description="Probability in [0, 1]; service/qa.py defines it.")
+    start: int
+    end: int
+
+
+class FieldError(BaseModel):
+    field: str
+    message: str
+
+
+class ErrorBody(BaseModel):
+    error: str = Field(description="A sentence a person can act on.")
+    error_type: str
+    request_id: str
+    detail: list[FieldError]
+
+
+class Status(BaseModel):
+    status: str

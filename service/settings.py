@@ -1,0 +1,110 @@
+"""Every option of the service, once: a flag `--max-body-bytes` is the variable `DSFORMER_MAX_BODY_BYTES`.
+
+Flags win over environment variables, which win over the defaults here. `DSFORMER_ISA` is read by `kernels` and is no
+option of the service.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "DSFORMER_"
+# Variables with our prefix that other parts of the project read.
+FOREIGN = frozenset({"DSFORMER_ISA"})
+CGROUP = Path("/sys/fs/cgroup")
+
+Truncation = Literal["error", "right", "left"]
+Variant = Literal["dense", "dsformer"]
+
+
+def cgroup_cpus(root: Path = CGROUP) -> float | None:
+    """CPUs that the cgroup's quota allows (v2, then v1); None without a quota."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu" / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if quota in ("max", "-1"):
+        return None
+    return int(quota) / int(period)
+
+
+def available_cpus(root: Path = CGROUP) -> int:
+    """CPUs this process may really use. ONNX Runtime honours affinity but not a quota, hence this function."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_cpus(root)
+    return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
+
+
+class Settings(BaseSettings):
+    """Serve DSFormer model folders over HTTP."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        cli_prog_name="dsformer-serve",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+    )
+
+    models: Path = Field(
+        default=Path("deploy/models"),
+        description="Folder of model folders, or one model folder. Relative paths start at the working directory.",
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one.")
+    threads: int = Field(
+        default_factory=available_cpus,
+        ge=1,
+        le=1024,
+        description="CPU threads of one inference. Default: the smaller of CPU affinity and cgroup quota.",
+    )
+    default_variant: Variant = Field(default="dsformer", description="Variant that answers when a request names none.")
+    truncation: Truncation = Field(
+        default="error",
+        description="What happens to a text longer than the model takes, unless the request says so itself.",
+    )
+    max_body_bytes: int = Field(default=2 * 1024 * 1024, ge=1, description="Largest request body; above it 413.")
+    max_batch_items: int = Field(default=64, ge=1, description="Most inputs in one request; above it 422.")
+    max_windows: int = Field(
+        default=256, ge=1, description="Most windows that the contexts of one request may need; above it 422."
+    )
+    # A CPU gains nothing from larger runs: 2048 tokens already fill its caches and cores, and a short request waits
+    # behind one run, not behind a whole batch.
+    max_batch_tokens: int = Field(
+        default=2048, ge=1, description="Most tokens, padding included, in one run of a model; bounds memory."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe log line that is written."
+    )
+
+
+def sentences(error: ValidationError) -> str:
+    """The validation error of the settings, one line per option, named as flag and variable."""
+    lines = []
+    for problem in error.errors():
+        name = str(problem["loc"][0]) if problem["loc"] else "?"
+        flag = name.replace("_", "-").lower()
+        lines.append(f"--{flag} ({PREFIX}{name.upper()}): {problem['msg']}, got {problem['input']!r}.")
+    return "\n".join(lines)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Variables with our prefix that nobody reads: probably a typing mistake.
+
+    They are reported and not refused: Kubernetes itself sets DSFORMER_SERVICE_HOST and the like in every pod beside a
+    Service of that name.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | FOREIGN
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
