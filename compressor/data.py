@@ -108,9 +108,7 @@ def data_files(task: Task, split: Split, data_dir: Path) -> list[Path]:
     """The task's files below data_dir, each as .gz or unpacked."""
     names = task.train_files if split == "train" else task.validation_files
     if not names:
-        raise DataError(
-            f"Task {task.name!r} has no files of its own: give --train-file and --validation-file."
-        )
+        raise DataError(f"Task {task.name!r} has no files of its own: give --train-file and --validation-file.")
     files = []
     for name in names:
         candidates = [data_dir / name, data_dir / name.removesuffix(".gz")]
@@ -210,9 +208,7 @@ def _label(task: Task, where: str, row: Mapping[str, Any]) -> int | float:
     if text.isdecimal() and int(text) < len(task.label_names):
         return int(text)
     advice = "" if task.train_files == () else " To train on labels of your own, use --task classify."
-    raise DataError(
-        f"{where}: the label {text!r} is none of {task.name}'s: {', '.join(task.label_names)}.{advice}"
-    )
+    raise DataError(f"{where}: the label {text!r} is none of {task.name}'s: {', '.join(task.label_names)}.{advice}")
 
 
 def _qa_examples(document: Any, where: str, keep_inferred: bool) -> list[QAExample]:
@@ -410,9 +406,7 @@ def _hub_squad(task: Task, split: Split) -> tuple[str, Any]:
 # --- features -----------------------------------------------------------------------------------------------
 
 
-def classify_features(
-    examples: Sequence[ClassifyExample], tokenizer: Tokenizer, max_length: int
-) -> list[Feature]:
+def classify_features(examples: Sequence[ClassifyExample], tokenizer: Tokenizer, max_length: int) -> list[Feature]:
     """One window an example, cut to max_length tokens, with its `label`."""
     paired = any(example.text_pair is not None for example in examples)
     features: list[Feature] = []
@@ -486,9 +480,7 @@ def _inputs(encoded: Any, row: int, tokenizer: Tokenizer) -> Feature:
     return {name: np.asarray(encoded[name][row], dtype=np.int32) for name in names}
 
 
-def _cut_questions(
-    examples: Sequence[QAExample], tokenizer: Tokenizer, max_question_length: int
-) -> list[str]:
+def _cut_questions(examples: Sequence[QAExample], tokenizer: Tokenizer, max_question_length: int) -> list[str]:
     """The questions, each cut after its max_question_length-th token; only the context may be windowed."""
     # Some questions begin with many spaces, which byte-level tokenizers count as tokens.
     questions = [example.question.lstrip() for example in examples]
@@ -519,9 +511,7 @@ def _answer_tokens(example: QAExample, offsets: np.ndarray) -> tuple[int, int] |
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-def length_bucketed_batches(
-    features: Sequence[Feature], batch_size: int, seed: int, epoch: int
-) -> list[list[Feature]]:
+def length_bucketed_batches(features: Sequence[Feature], batch_size: int, seed: int, epoch: int) -> list[list[Feature]]:
     """All features once, in batches of like length; the order depends on seed and epoch only."""
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(features))

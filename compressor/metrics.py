@@ -82,9 +82,7 @@ _METRICS: dict[str, Callable[[Any, Any], float]] = {
 # --- SQuAD --------------------------------------------------------------------------------------------------
 
 
-def squad_scores(
-    predictions: Mapping[str, str], examples: Sequence[QAExample], unanswerable: bool
-) -> dict[str, float]:
+def squad_scores(predictions: Mapping[str, str], examples: Sequence[QAExample], unanswerable: bool) -> dict[str, float]:
     """`exact_match` and `f1` of answer texts by question id, the best over each question's gold answers.
 
     SQuAD v1.1 (unanswerable False): a question without prediction scores 0, and two answers that both

@@ -52,9 +52,7 @@ class Task:
     def n_labels(self) -> int:
         """Width of the classifier's output: 1 for regression."""
         if self.label_names is None:
-            raise ValueError(
-                f"The labels of task {self.name!r} come from a training file that was not read yet."
-            )
+            raise ValueError(f"The labels of task {self.name!r} come from a training file that was not read yet.")
         return max(1, len(self.label_names))
 
 

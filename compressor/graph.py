@@ -1,0 +1,370 @@
+"""From a PyTorch model to the ONNX graph that is served, in four steps whose order matters.
+
+1. `trace`: PyTorch's graph, in standard operators.
+2. `fuse`: ONNX Runtime's optimizer finds attention, skip + layer norm and bias + GELU. Its patterns all look for
+   MatMul, so this must come before the next step; Q, K and V stay MatMuls outside of the attention node.
+3. `put_factors`: DSLinear in place of the MatMuls of factorized layers, one for Q, K and V together.
+4. `store_float16`: large weights in half the bytes, computed in float32 all the same.
+"""
+
+import tempfile
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+Storage = Literal["float32", "float16"]
+# onnx.ModelProto, .GraphProto and .NodeProto; onnx is not followed by the type checker.
+ModelProto: TypeAlias = Any
+GraphProto: TypeAlias = Any
+NodeProto: TypeAlias = Any
+
+# The newest opset that ONNX Runtime 1.17 and the optimizer's patterns both know well.
+_OPSET = 17
+# Scope of the traced model in node names: "/model/bert/encoder/.../MatMul".
+_ROOT = "model"
+# Smaller tensors (biases, layer norms, heads of few labels) stay float32: nothing to gain.
+_LARGE = 2048
+
+
+class ExportError(RuntimeError):
+    """The model cannot be exported, or its export does not compute the same; the message says why."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One factorized matrix W (M, N), cut into N/B blocks of B columns.
+
+    members: names of the nn.Linear modules whose weights are stacked in it, in row order: query, key and value,
+    or a single one. dictionary (N/B, K, B) float32; indices (N/B, M, S) int, values (N/B, M, S) float32.
+    """
+
+    members: tuple[str, ...]
+    dictionary: NDArray[np.float32]
+    indices: NDArray[np.integer]
+    values: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        blocks, atoms, _ = self.dictionary.shape
+        if self.indices.shape != self.values.shape or len(self.indices) != blocks:
+            raise ExportError(
+                f"{self.name}: indices {self.indices.shape} and values {self.values.shape} do not fit "
+                f"{blocks} dictionaries."
+            )
+        if self.indices.min() < 0 or self.indices.max() >= atoms:
+            raise ExportError(f"{self.name}: an index lies outside of its dictionary of {atoms} atoms.")
+
+    @property
+    def name(self) -> str:
+        """The members' common path, then what differs: `layer.0.attention.self.query+key+value`."""
+        first, *others = self.members
+        return "+".join([first, *(other.rpartition(".")[2] for other in others)])
+
+    @property
+    def out_features(self) -> int:
+        """M"""
+        return int(self.indices.shape[1])
+
+    @property
+    def in_features(self) -> int:
+        """N"""
+        return int(self.dictionary.shape[0] * self.dictionary.shape[2])
+
+    def stored(self, storage: Storage) -> dict[str, NDArray[Any]]:
+        """The tensors as DSLinear takes them, in the op's input order."""
+        from kernels.onnx_op import index_dtype
+
+        return {
+            "dictionary": _as_storage(f"{self.name}.dictionary", self.dictionary, storage),
+            "indices": self.indices.astype(index_dtype(self.dictionary.shape[1])),
+            "values": _as_storage(f"{self.name}.values", self.values, storage),
+        }
+
+
+def _as_storage(name: str, tensor: NDArray[Any], storage: Storage) -> NDArray[Any]:
+    if not np.isfinite(tensor).all():
+        raise ExportError(f"{name} holds values that are not finite.")
+    largest = np.abs(tensor).max()
+    if storage == "float16" and largest > np.finfo(np.float16).max:
+        raise ExportError(f"{name} reaches {largest:.3g}, beyond float16: export with float32 storage.")
+    return np.ascontiguousarray(tensor, dtype=storage)
+
+
+# --- 1. trace -----------------------------------------------------------------------------------------------
+
+
+class _Outputs(torch.nn.Module):
+    """The model with tensors in, tensors out, by position."""
+
+    def __init__(self, model: torch.nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.add_module(_ROOT, model)
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = self.get_submodule(_ROOT)(**dict(zip(self.inputs, tensors, strict=True)))
+        return tuple(result[name] for name in self.outputs)
+
+
+def trace(
+    model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], output_axes: Mapping[str, Mapping[int, str]]
+) -> ModelProto:
+    """The model's graph with free batch and sequence sizes; inputs are an example batch (batch, sequence)."""
+    input_axes = {name: {0: "batch", 1: "sequence"} for name in inputs}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing a transformers model warns about each of its Python branches
+        path = str(Path(folder) / "traced.onnx")
+        torch.onnx.export(
+            _Outputs(model, list(inputs), list(output_axes)).eval(),
+            tuple(inputs.values()),
+            path,
+            # The optimizer's patterns were written for the graphs of this exporter, and need what it names.
+            dynamo=False,
+            opset_version=_OPSET,
+            input_names=list(inputs),
+            output_names=list(output_axes),
+            dynamic_axes={**input_axes, **{name: dict(axes) for name, axes in output_axes.items()}},
+        )
+        return onnx.load(path)
+
+
+# --- 2. fuse ------------------------------------------------------------------------------------------------
+
+
+def fuse(model: ModelProto, n_layers: int, n_heads: int, hidden_size: int, gelu: bool) -> ModelProto:
+    """The graph with ONNX Runtime's fused operators; `ExportError` if a layer was not recognized."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    options = FusionOptions("bert")
+    options.use_multi_head_attention = True  # the Attention node would swallow the weights of Q, K and V
+    options.enable_embed_layer_norm = False  # it needs float32 embeddings; ours are stored as float16
+    options.use_raw_attention_mask(True)  # as 0 and 1 per token, which holds for padding on either side
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "traced.onnx")
+        onnx.save(model, path)
+        optimized = optimize_model(
+            path,
+            model_type="bert",
+            num_heads=n_heads,
+            hidden_size=hidden_size,
+            optimization_options=options,
+            opt_level=0,  # the Python fusions only: the session applies the rest when it loads the model
+        )
+        optimized.save_model_to_file(path)  # sorts the nodes and declares their domains, too
+        fused = onnx.load(path)
+    counts = Counter(node.op_type for node in fused.graph.node)
+    found = {
+        "MultiHeadAttention": (counts["MultiHeadAttention"], n_layers),
+        "SkipLayerNormalization": (counts["SkipLayerNormalization"], 2 * n_layers),
+        "BiasGelu or Gelu": (counts["BiasGelu"] + counts["Gelu"], n_layers if gelu else 0),
+    }
+    for name, (count, wanted) in found.items():
+        if count < wanted:
+            raise ExportError(
+                f"ONNX Runtime's optimizer made {count} {name} nodes of {n_layers} layers, expected {wanted}: "
+                "this architecture, or this version of onnxruntime, torch or transformers, is not supported."
+            )
+    return fused
+
+
+# --- 3. put factors -----------------------------------------------------------------------------------------
+
+
+def put_factors(model: ModelProto, factors: Sequence[Factors], storage: Storage) -> None:
+    """Replace, in place, the MatMuls of the factors' members by DSLinear nodes."""
+    from kernels.onnx_op import DOMAIN, SINCE_VERSION
+
+    graph = model.graph
+    matmuls = {_module_name(node): node for node in graph.node if node.op_type == "MatMul"}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    consumers = _consumers(graph)
+    fresh: dict[str, list[NodeProto]] = {}  # by the name of the node whose place they take
+    gone: set[str] = set()
+    for factor in factors:
+        members = [_member(matmuls, name) for name in factor.members]
+        sizes = _member_sizes(factor, members, weights)
+        if len(members) == 1:
+            nodes, absorbed = _single(factor, members[0], weights, consumers)
+        else:
+            nodes, absorbed = _stacked(graph, factor, members, sizes), []
+        for name, tensor in factor.stored(storage).items():
+            graph.initializer.append(numpy_helper.from_array(tensor, f"{factor.name}.{name}"))
+        fresh[members[0].name] = nodes
+        gone.update(node.name for node in [*members, *absorbed])
+    _replace_nodes(graph, fresh, gone)
+    model.opset_import.append(helper.make_opsetid(DOMAIN, SINCE_VERSION))
+
+
+def _module_name(node: NodeProto) -> str:
+    """`/model/bert/encoder/layer.0/output/dense/MatMul` → `bert.encoder.layer.0.output.dense`."""
+    path = node.name.removeprefix(f"/{_ROOT}/").removesuffix(f"/{node.op_type}")
+    return str(path.replace("/", "."))
+
+
+def _consumers(graph: GraphProto) -> dict[str, list[NodeProto]]:
+    consumers = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            consumers[name].append(node)
+    return consumers
+
+
+def _member(matmuls: Mapping[str, NodeProto], name: str) -> NodeProto:
+    if name not in matmuls:
+        raise ExportError(f"The exported graph has no MatMul for the layer {name}.")
+    return matmuls[name]
+
+
+def _member_sizes(factor: Factors, members: Sequence[NodeProto], weights: Mapping[str, Any]) -> list[int]:
+    """out_features of each member, once they and the shared input are known to fit the factors."""
+    if len({node.input[0] for node in members}) > 1:
+        raise ExportError(f"{factor.name}: its members do not share one input.")
+    shapes = [tuple(weights[node.input[1]].dims) for node in members]  # (in_features, out_features)
+    shape = (sum(out_features for _, out_features in shapes), shapes[0][0])
+    if shape != (factor.out_features, factor.in_features):
+        raise ExportError(
+            f"{factor.name}: the factors are of a {factor.out_features} × {factor.in_features} matrix, "
+            f"but the layer is {shape[0]} × {shape[1]}."
+        )
+    return [out_features for _, out_features in shapes]
+
+
+def _ds_linear(factor: Factors, x: str, output: str, bias: str = "", activation: str = "none") -> NodeProto:
+    from kernels.onnx_op import DOMAIN, OP_TYPE
+
+    inputs = [x, *(f"{factor.name}.{name}" for name in ("dictionary", "indices", "values"))]
+    return helper.make_node(
+        OP_TYPE,
+        inputs + [bias] * bool(bias),
+        [output],
+        name=factor.name,
+        domain=DOMAIN,
+        activation=activation,
+        row_group=1,
+    )
+
+
+def _single(
+    factor: Factors,
+    matmul: NodeProto,
+    weights: Mapping[str, Any],
+    consumers: Mapping[str, Sequence[NodeProto]],
+) -> tuple[list[NodeProto], list[NodeProto]]:
+    """(new nodes, nodes absorbed beside the MatMul): a bias and a GELU that follow go into the op's epilogue.
+
+    A bias that the fusion moved into SkipLayerNormalization stays there.
+    """
+    output, bias, activation = matmul.output[0], "", "none"
+    absorbed: list[NodeProto] = []
+    while len(consumers[output]) == 1 and activation == "none":
+        (node,) = consumers[output]
+        constant = next((name for name in node.input if name in weights), "")
+        if node.op_type in ("BiasGelu", "Add") and constant and not bias:
+            if tuple(weights[constant].dims) != (factor.out_features,):
+                break
+            bias = constant
+        elif node.op_type != "Gelu":
+            break
+        activation = "gelu" if node.op_type in ("BiasGelu", "Gelu") else "none"
+        absorbed.append(node)
+        output = node.output[0]
+    return [_ds_linear(factor, matmul.input[0], output, bias, activation)], absorbed
+
+
+def _stacked(graph: GraphProto, factor: Factors, members: Sequence[NodeProto], sizes: Sequence[int]) -> list[NodeProto]:
+    """One DSLinear for all members, then a Split. Their biases stay in the attention node, which adds them while
+    it transposes anyway."""
+    output, split = f"{factor.name}.output", f"{factor.name}.sizes"
+    graph.initializer.append(numpy_helper.from_array(np.array(sizes, dtype=np.int64), split))
+    outputs = [node.output[0] for node in members]
+    return [
+        _ds_linear(factor, members[0].input[0], output),
+        helper.make_node("Split", [output, split], outputs, name=f"{factor.name}.split", axis=-1),
+    ]
+
+
+def _replace_nodes(graph: GraphProto, fresh: Mapping[str, Sequence[NodeProto]], gone: set[str]) -> None:
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes += fresh.get(node.name, [])
+        if node.name not in gone:
+            nodes.append(node)
+    _set_nodes(graph, nodes)
+
+
+def _set_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
+    fresh = onnx.GraphProto(node=nodes)  # copies: clearing the old list frees its nodes
+    del graph.node[:]
+    graph.node.extend(fresh.node)
+
+
+# --- 4. store -----------------------------------------------------------------------------------------------
+
+
+def store_float16(model: ModelProto) -> None:
+    """Store, in place, the large float32 weights of Gather, MatMul and Gemm as float16.
+
+    A Cast after each Gather keeps the embeddings float16 in memory too; a Cast of a MatMul's weight is computed
+    once, when ONNX Runtime loads the model.
+    """
+    graph = model.graph
+    consumers = _consumers(graph)
+    casts: list[NodeProto] = []
+    after: dict[str, NodeProto] = {}  # Cast by the name of the Gather it follows
+    for tensor in graph.initializer:
+        users = consumers[tensor.name]
+        kinds = {node.op_type for node in users}
+        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < _LARGE or not users:
+            continue
+        name = tensor.name
+        if kinds == {"Gather"}:
+            for gather in users:
+                output = gather.output[0]
+                gather.output[0] = f"{output}.float16"
+                after[gather.name] = _cast_to_float32(f"{output}.float16", output)
+        elif kinds <= {"MatMul", "Gemm"}:
+            casts.append(_cast_to_float32(f"{name}.float16", name))
+        else:
+            continue
+        half = _as_storage(name, numpy_helper.to_array(tensor), "float16")
+        tensor.CopyFrom(numpy_helper.from_array(half, name if kinds == {"Gather"} else f"{name}.float16"))
+    nodes = casts
+    for node in graph.node:
+        nodes.append(node)
+        if node.name in after:
+            nodes.append(after[node.name])
+    _set_nodes(graph, nodes)
+
+
+def _cast_to_float32(source: str, target: str) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=onnx.TensorProto.FLOAT)
+
+
+def tidy(model: ModelProto) -> None:
+    """Drop, in place, what nothing reads, and notes of the exporter (they may name local files)."""
+    graph = model.graph
+    needed = {output.name for output in graph.output}
+    kept: list[NodeProto] = []
+    for node in reversed(graph.node):  # topological order: consumers come first this way
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            node.ClearField("doc_string")
+            kept.append(node)
+    _set_nodes(graph, kept[::-1])
+    weights = [tensor for tensor in graph.initializer if tensor.name in needed]
+    if len(weights) < len(graph.initializer):
+        fresh = onnx.GraphProto(initializer=weights)  # copies, as in _set_nodes
+        del graph.initializer[:]
+        graph.initializer.extend(fresh.initializer)
+    del graph.value_info[:]
+    del model.metadata_props[:]
+    graph.name, model.producer_name, model.producer_version = "dsformer", "dsformer", ""
