@@ -16,14 +16,14 @@ const Tier kTiers[] = {  // best first
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      },
-     &omp_avx512},
+     &ds_linear_avx512, &omp_avx512},
     {"avx2", "AVX2, FMA, F16C",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      },
-     &omp_avx2},
+     &ds_linear_avx2, &omp_avx2},
 #endif
-    {"scalar", "nothing", [] { return true; }, &omp_scalar},
+    {"scalar", "nothing", [] { return true; }, &ds_linear_scalar, &omp_scalar},
 };
 
 std::string names() {

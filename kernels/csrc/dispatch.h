@@ -1,5 +1,6 @@
 // The one place where the instruction-set tier is chosen.
 #pragma once
+#include "ds_linear.h"
 #include "omp.h"
 
 namespace dsformer {
@@ -8,6 +9,7 @@ struct Tier {
   const char* name;
   const char* requires_features;  // in words, for the error when it is forced and missing
   bool (*supported)();            // by this CPU and this operating system
+  const DsLinearTier* ds_linear;
   const OmpTier* omp;
 };
 

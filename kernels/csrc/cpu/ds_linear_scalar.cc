@@ -1,0 +1,77 @@
+// The tier for any CPU: plain loops in the same order as the vector tiers, readable first.
+#include <cmath>
+#include <cstring>
+
+#include "../ds_linear.h"
+
+namespace dsformer {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t exponent = half >> 10 & 0x1f, mantissa = half & 0x3ff;
+  if (exponent == 0) {  // zero and subnormals, in units of 2^-24
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
+  }
+  const uint32_t exponent_bits = exponent == 0x1f ? 0xff : exponent + (127 - 15);
+  const uint32_t bits = sign | exponent_bits << 23 | mantissa << 13;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float read_float(const void* numbers, bool half, int64_t i) {
+  return half ? half_to_float(static_cast<const uint16_t*>(numbers)[i]) : static_cast<const float*>(numbers)[i];
+}
+
+int64_t read_index(const void* numbers, bool wide, int64_t i) {
+  return wide ? static_cast<const uint16_t*>(numbers)[i] : static_cast<const uint8_t*>(numbers)[i];
+}
+
+float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
+
+void add_scaled(float* __restrict sum, float scale, const float* __restrict row, int64_t n) {
+  for (int64_t t = 0; t < n; ++t) sum[t] += scale * row[t];
+}
+
+void dense(const DsLinear& layer, const Tile& tile, int64_t block) {
+  const int64_t first = block * layer.width;
+  for (int64_t b = first; b < first + layer.width; ++b) {
+    float* lanes = tile.x_t + b * tile.pitch;
+    for (int64_t t = 0; t < tile.pitch; ++t) lanes[t] = t < tile.tokens ? tile.x[t * layer.in_features + b] : 0.0f;
+  }
+  for (int64_t k = 0; k < layer.n_atoms; ++k) {
+    const int64_t atom = block * layer.n_atoms + k;
+    float* product = tile.products + atom * tile.pitch;
+    std::memset(product, 0, tile.pitch * sizeof(float));
+    for (int64_t b = 0; b < layer.width; ++b) {
+      add_scaled(product, read_float(layer.dictionary, layer.half, atom * layer.width + b),
+                 tile.x_t + (first + b) * tile.pitch, tile.pitch);
+    }
+  }
+}
+
+void sparse(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count) {
+  for (int64_t m = first; m < first + count; ++m) {
+    float sum[kMaxTileTokens];
+    for (int64_t t = 0; t < tile.pitch; ++t) sum[t] = layer.bias ? layer.bias[m] : 0.0f;
+    for (int64_t block = 0; block < layer.n_blocks; ++block) {
+      const float* products = tile.products + block * layer.n_atoms * tile.pitch;
+      const int64_t row = (block * layer.out_features + m) * layer.n_nonzero;
+      for (int64_t s = row; s < row + layer.n_nonzero; ++s) {
+        add_scaled(sum, read_float(layer.values, layer.half, s),
+                   products + read_index(layer.indices, layer.wide, s) * tile.pitch, tile.pitch);
+      }
+    }
+    for (int64_t t = 0; t < tile.tokens; ++t) tile.y[t * layer.out_features + m] = layer.gelu ? gelu(sum[t]) : sum[t];
+  }
+}
+
+}  // namespace
+
+extern const DsLinearTier ds_linear_scalar = {kLanes, dense, sparse};
+
+}  // namespace dsformer

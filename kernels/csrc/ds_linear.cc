@@ -1,0 +1,103 @@
+// Cuts a call into tiles, chunks and tasks. The arithmetic is in cpu/.
+#include "ds_linear.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace dsformer {
+namespace {
+
+// Scratch of one group of tiles: a few tiles of the largest BERT layer, so that every thread has work, and not so
+// much that a large batch needs memory in proportion.
+constexpr int64_t kGroupFloats = int64_t{2} << 20;
+// Tasks a sparse phase should have, so that a pool of some threads balances; and the rows below which a task no longer
+// pays for bringing the products of a block into L1.
+constexpr int64_t kWantedTasks = 16;
+constexpr int64_t kMinChunkRows = 64;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+int64_t l1_floats() {
+  static const int64_t floats = [] {
+    long bytes = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    return static_cast<int64_t>(bytes > 0 ? bytes : 32 * 1024) / static_cast<int64_t>(sizeof(float));
+  }();
+  return floats;
+}
+
+// The tile rule of FORMAT.md: products of one block (K x tile) fit L1, but never fewer than two vectors.
+int64_t tile_tokens(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
+  const int64_t fitting = l1_floats() / layer.n_atoms / tier.lanes * tier.lanes;
+  const int64_t tile = std::clamp(fitting, std::max<int64_t>(32, tier.lanes), kMaxTileTokens);
+  return std::min(tile, round_up(tokens, tier.lanes));
+}
+
+struct Group {
+  const DsLinear& layer;
+  const DsLinearTier& tier;
+  const Plan& plan;
+  const float* x;
+  float* y;
+  int64_t tokens;
+  float* scratch;
+  int64_t n_chunks;
+
+  Tile tile(int64_t i) const {
+    const int64_t first = i * plan.tile_tokens;
+    const int64_t count = std::min(plan.tile_tokens, tokens - first);
+    const int64_t pitch = round_up(count, tier.lanes);
+    float* x_t = scratch + i * plan.tile_floats;
+    return {x + first * layer.in_features, y + first * layer.out_features, count, pitch, x_t,
+            x_t + layer.in_features * pitch};
+  }
+};
+
+void dense_task(void* data, size_t task) {
+  const Group& group = *static_cast<const Group*>(data);
+  const auto i = static_cast<int64_t>(task);
+  group.tier.dense(group.layer, group.tile(i / group.layer.n_blocks), i % group.layer.n_blocks);
+}
+
+void sparse_task(void* data, size_t task) {
+  const Group& group = *static_cast<const Group*>(data);
+  const auto i = static_cast<int64_t>(task);
+  const int64_t first = i % group.n_chunks * group.plan.chunk_rows;
+  group.tier.sparse(group.layer, group.tile(i / group.n_chunks), first,
+                    std::min(group.plan.chunk_rows, group.layer.out_features - first));
+}
+
+}  // namespace
+
+Plan make_plan(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
+  Plan plan;
+  plan.tile_tokens = tile_tokens(layer, tier, tokens);
+  const int64_t n_tiles = round_up(tokens, plan.tile_tokens) / plan.tile_tokens;
+  plan.tile_floats = (layer.in_features + layer.n_blocks * layer.n_atoms) * plan.tile_tokens;
+  plan.group_tiles = std::clamp<int64_t>(kGroupFloats / plan.tile_floats, 1, n_tiles);
+  plan.scratch_floats = plan.group_tiles * plan.tile_floats;
+
+  const int64_t wanted_chunks = round_up(kWantedTasks, plan.group_tiles) / plan.group_tiles;
+  const int64_t rows = round_up((layer.out_features + wanted_chunks - 1) / wanted_chunks, 16);
+  plan.chunk_rows = std::clamp(rows, kMinChunkRows, kChunkFloats / plan.tile_tokens);
+  return plan;
+}
+
+void ds_linear(const DsLinear& layer, const DsLinearTier& tier, const Plan& plan, const float* x, float* y,
+               int64_t tokens, float* scratch, const Executor& executor) {
+  const int64_t group_tokens = plan.group_tiles * plan.tile_tokens;
+  const int64_t n_chunks = round_up(layer.out_features, plan.chunk_rows) / plan.chunk_rows;
+  for (int64_t first = 0; first < tokens; first += group_tokens) {
+    const int64_t count = std::min(group_tokens, tokens - first);
+    const int64_t n_tiles = round_up(count, plan.tile_tokens) / plan.tile_tokens;
+    Group group{layer,   tier,    plan,    x + first * layer.in_features, y + first * layer.out_features,
+                count,   scratch, n_chunks};
+    executor.run(executor.context, dense_task, static_cast<size_t>(n_tiles * layer.n_blocks), &group);
+    executor.run(executor.context, sparse_task, static_cast<size_t>(n_tiles * n_chunks), &group);
+  }
+}
+
+}  // namespace dsformer

@@ -1,0 +1,82 @@
+// The op's computation, free of ONNX Runtime: y = sum_i S_i (D_i x_i) + bias, then an activation.
+//
+// Work is cut into tiles of tokens, and lanes of a vector are tokens: a nonzero of S then costs one broadcast and
+// plain vector loads, with no gather. Two phases, each a set of independent tasks:
+//   dense   (tile, block):        products_i = D_i x_i, after transposing the tile's part of X;
+//   sparse  (tile, chunk of rows): all blocks' S_i products_i, bias, activation, transposed back into Y.
+// FORMAT.md has the layouts and the reasons for the tile sizes.
+//
+// Compiled under different instruction-set flags: plain structs only, no inline functions (see omp.h).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace dsformer {
+
+// Most tokens in a tile: four AVX-512 vectors, enough independent FMA chains with two rows in flight.
+constexpr int64_t kMaxTileTokens = 64;
+// Floats of a sparse task's output chunk (rows x tile tokens): 32 KiB on the stack, streamed from L2.
+constexpr int64_t kChunkFloats = 8192;
+
+// A layer's weights, used where ONNX Runtime keeps them.
+struct DsLinear {
+  int64_t in_features;   // N
+  int64_t out_features;  // M
+  int64_t n_blocks;      // N/B
+  int64_t width;         // B
+  int64_t n_atoms;       // K
+  int64_t n_nonzero;     // S
+  bool half;             // dictionary and values are float16 bits, else float32
+  bool wide;             // indices are uint16, else uint8
+  bool gelu;
+  const void* dictionary;  // (N/B, K, B)
+  const void* indices;     // (N/B, M, S), each below K
+  const void* values;      // (N/B, M, S)
+  const float* bias;       // (M) or null
+};
+
+// Consecutive tokens and their scratch. Lanes from `tokens` up to `pitch` are zero in x_t.
+struct Tile {
+  const float* x;   // (tokens, N)
+  float* y;         // (tokens, M)
+  int64_t tokens;
+  int64_t pitch;    // tokens rounded up to the tier's lanes, at most kMaxTileTokens
+  float* x_t;       // (N, pitch)
+  float* products;  // (N/B, K, pitch)
+};
+
+struct DsLinearTier {
+  int64_t lanes;  // tokens per vector
+  void (*dense)(const DsLinear& layer, const Tile& tile, int64_t block);
+  // Rows [first, first + count) of the output; count * pitch <= kChunkFloats.
+  void (*sparse)(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count);
+};
+
+extern const DsLinearTier ds_linear_scalar;
+#if defined(__x86_64__)
+extern const DsLinearTier ds_linear_avx2;
+extern const DsLinearTier ds_linear_avx512;
+#endif
+
+// How a call is cut up.
+struct Plan {
+  int64_t tile_tokens;
+  int64_t chunk_rows;
+  int64_t group_tiles;     // tiles that are in scratch at once
+  int64_t tile_floats;     // scratch of one tile
+  int64_t scratch_floats;  // of a whole group
+};
+
+Plan make_plan(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens);
+
+// Runs body(data, i) for i in [0, n_tasks), in any order, on any threads; returns when all are done.
+struct Executor {
+  void* context;
+  void (*run)(void* context, void (*body)(void* data, size_t task), size_t n_tasks, void* data);
+};
+
+// x (tokens, N), y (tokens, M), scratch of plan.scratch_floats floats, 64-byte aligned.
+void ds_linear(const DsLinear& layer, const DsLinearTier& tier, const Plan& plan, const float* x, float* y,
+               int64_t tokens, float* scratch, const Executor& executor);
+
+}  // namespace dsformer

@@ -1,0 +1,56 @@
+"""The ONNX op DSLinear as data: its names, and what its weights must look like.
+
+csrc/onnxruntime_op.cc checks the same when a session is made; here a producer of models finds out earlier.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+DOMAIN = "dsformer"
+OP_TYPE = "DSLinear"
+SINCE_VERSION = 1
+INPUT_NAMES = ("X", "dictionary", "indices", "values", "bias")
+ACTIVATIONS = ("none", "gelu")
+MAX_ATOMS = 65536  # an index is at most uint16
+
+
+def index_dtype(n_atoms: int) -> type[np.uint8] | type[np.uint16]:
+    """The smallest type that numbers K atoms: uint8 up to 256 of them, else uint16."""
+    if not 1 <= n_atoms <= MAX_ATOMS:
+        raise ValueError(f"atoms per block: expected 1 to {MAX_ATOMS}, got {n_atoms}")
+    return np.uint8 if n_atoms <= 256 else np.uint16
+
+
+def check_weights(
+    dictionary: npt.NDArray[Any],
+    indices: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    bias: npt.NDArray[Any] | None = None,
+) -> None:
+    """Raises ValueError unless the arrays are valid inputs of a DSLinear node.
+
+    dictionary : (N/B, K, B) float32 or float16; indices : (N/B, M, S) uint8 or uint16, below K;
+    values : (N/B, M, S), the dictionary's type; bias : (M,) float32.
+    """
+    if dictionary.dtype not in (np.float32, np.float16):
+        raise ValueError(f"dictionary: expected float32 or float16, got {dictionary.dtype}")
+    if values.dtype != dictionary.dtype:
+        raise ValueError(f"values: expected {dictionary.dtype}, that of dictionary, got {values.dtype}")
+    if dictionary.ndim != 3 or dictionary.size == 0:
+        raise ValueError(f"dictionary: expected shape (N/B, K, B), none of them 0, got {dictionary.shape}")
+    n_blocks, n_atoms, _ = dictionary.shape
+    if values.ndim != 3 or values.shape[0] != n_blocks or values.size == 0:
+        raise ValueError(f"values: expected shape ({n_blocks}, M, S), none of them 0, got {values.shape}")
+    if indices.dtype != index_dtype(n_atoms):
+        wanted = np.dtype(index_dtype(n_atoms))
+        raise ValueError(f"indices: expected {wanted} for {n_atoms} atoms, got {indices.dtype}")
+    if indices.shape != values.shape:
+        raise ValueError(f"indices: expected shape {values.shape}, that of values, got {indices.shape}")
+    if indices.max() >= n_atoms:
+        raise ValueError(f"indices: expected numbers below {n_atoms} (atoms per block), got {indices.max()}")
+    if bias is not None and (bias.dtype != np.float32 or bias.shape != values.shape[1:2]):
+        raise ValueError(
+            f"bias: expected float32 of shape {values.shape[1:2]}, got {bias.dtype} of {bias.shape}"
+        )

@@ -1,0 +1,48 @@
+"""The dense-sparse product in plain NumPy, float64: what every tier is measured against."""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Float64Array = npt.NDArray[np.float64]
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def ds_linear(
+    x: npt.NDArray[Any],
+    dictionary: npt.NDArray[Any],
+    indices: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    bias: npt.NDArray[Any] | None = None,
+    activation: str = "none",
+) -> Float64Array:
+    """y = Σ_i S_i (D_i x_i) + bias, then the activation.
+
+    x : (..., N); dictionary : (N/B, K, B); indices, values : (N/B, M, S); bias : (M,).
+    activation : "none" or "gelu" (exact, with erf).
+    Returns (..., M).
+    """
+    n_blocks, n_atoms, width = dictionary.shape
+    y = np.zeros((*x.shape[:-1], values.shape[1]))
+    for i in range(n_blocks):
+        block = x[..., i * width : (i + 1) * width].astype(np.float64)
+        products = block @ dictionary[i].astype(np.float64).T  # (..., K)
+        y += products @ dense_codes(indices[i], values[i], n_atoms).T
+    if bias is not None:
+        y += bias
+    if activation == "gelu":
+        return np.asarray(0.5 * y * (1 + _erf(y / math.sqrt(2))), np.float64)
+    if activation != "none":
+        raise ValueError(f"activation: expected none or gelu, got {activation!r}")
+    return y
+
+
+def dense_codes(indices: npt.NDArray[Any], values: npt.NDArray[Any], n_atoms: int) -> Float64Array:
+    """Codes (M, S) of one block as a dense matrix (M, K); values of a repeated index add up."""
+    codes = np.zeros((indices.shape[0], n_atoms))
+    rows = np.arange(indices.shape[0])[:, None]
+    np.add.at(codes, (rows, indices.astype(np.int64)), values.astype(np.float64))
+    return codes
