@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from kernels.onnx_op import DOMAIN, OP_TYPE, SINCE_VERSION, index_dtype
+
 Storage = Literal["float32", "float16"]
 # onnx.ModelProto, .GraphProto and .NodeProto; onnx is not followed by the type checker.
 ModelProto: TypeAlias = Any
@@ -80,8 +82,6 @@ class Factors:
 
     def stored(self, storage: Storage) -> dict[str, NDArray[Any]]:
         """The tensors as DSLinear takes them, in the op's input order."""
-        from kernels.onnx_op import index_dtype
-
         return {
             "dictionary": _as_storage(f"{self.name}.dictionary", self.dictionary, storage),
             "indices": self.indices.astype(index_dtype(self.dictionary.shape[1])),
@@ -181,8 +181,6 @@ def fuse(model: ModelProto, n_layers: int, n_heads: int, hidden_size: int, gelu:
 
 def put_factors(model: ModelProto, factors: Sequence[Factors], storage: Storage) -> None:
     """Replace, in place, the MatMuls of the factors' members by DSLinear nodes."""
-    from kernels.onnx_op import DOMAIN, SINCE_VERSION
-
     graph = model.graph
     matmuls = {_module_name(node): node for node in graph.node if node.op_type == "MatMul"}
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -239,8 +237,6 @@ def _member_sizes(factor: Factors, members: Sequence[NodeProto], weights: Mappin
 
 
 def _ds_linear(factor: Factors, x: str, output: str, bias: str = "", activation: str = "none") -> NodeProto:
-    from kernels.onnx_op import DOMAIN, OP_TYPE
-
     inputs = [x, *(f"{factor.name}.{name}" for name in ("dictionary", "indices", "values"))]
     return helper.make_node(
         OP_TYPE,
