@@ -138,7 +138,7 @@ def compress(
     delta: Delta = None,
     block_size: BlockSize = 0,
     iterations: Iterations = 15,
-    dictionary_update: Update = "auto",
+    dictionary_update: Update = "mod",
     schedule: ScheduleName = "ft-f-stf",
     epochs: Epochs = 2.0,
     steps: Steps = 0,
@@ -240,7 +240,7 @@ def errors(
     delta: Delta = None,
     block_size: BlockSize = 0,
     iterations: Iterations = 15,
-    dictionary_update: Update = "auto",
+    dictionary_update: Update = "mod",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here as well.")] = None,
 ) -> None:
     """K-SVD against SVD of the same eq.-11 size, matrix by matrix: no data and no training."""
@@ -274,7 +274,7 @@ def run(
     delta: Delta = None,
     block_size: BlockSize = 0,
     iterations: Iterations = 15,
-    dictionary_update: Update = "auto",
+    dictionary_update: Update = "mod",
     schedule: ScheduleName = "ft-f-stf",
     finetuned: Annotated[bool, typer.Option(help="--model is fine-tuned for this task already.")] = False,
     epochs: Epochs = 2.0,

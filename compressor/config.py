@@ -176,7 +176,7 @@ class KSVDConfig:
     """The single-shot factorization: ``iterations`` sweeps of coding and dictionary update."""
 
     iterations: int = 15
-    update: Literal["auto", "mod", "ksvd"] = "auto"
+    update: Literal["auto", "mod", "ksvd"] = "mod"
     seed: int = 0
     roles: tuple[str, ...] = field(default=ROLES)
 

@@ -1,7 +1,8 @@
-"""Progress bars on the terminal, silent where standard error is not one."""
+"""Progress: a bar on a terminal, a line every half minute where standard error is a file or a pipe."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,10 +18,15 @@ from rich.progress import (
 
 console = Console(stderr=True)
 
+_SECONDS_BETWEEN_LINES = 30.0
+
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """A bar of ``total`` steps; yields ``advance(note="")`` to be called after each."""
+    if not console.is_terminal:
+        yield _lines(title, total, done)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -36,3 +42,20 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[..., No
             bar.update(task, advance=1, **({"note": note} if note else {}))
 
         yield advance
+
+
+def _lines(title: str, total: int, done: int) -> Callable[..., None]:
+    started = printed = time.monotonic()
+    first = done
+
+    def advance(note: str = "") -> None:
+        nonlocal done, printed
+        done += 1
+        now = time.monotonic()
+        if done < total and now - printed < _SECONDS_BETWEEN_LINES:
+            return
+        printed = now
+        left = (now - started) / (done - first) * (total - done) / 60
+        console.print(f"{title}: {done} of {total}, {left:.0f} min left {note}", highlight=False)
+
+    return advance

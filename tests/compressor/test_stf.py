@@ -1,0 +1,125 @@
+"""The straight-through rule of algorithm 1, stacking, frozen supports, and the way back to plain layers."""
+
+import pytest
+import torch
+from tiny import make_config
+from torch import nn
+from transformers import BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+
+from compressor.config import CompressionConfig, ConfigError, KSVDConfig
+from compressor.omp import blocks, dense_codes
+from compressor.stf import (
+    FactorizedLinear,
+    code_model,
+    factorize_model,
+    find_stacks,
+    materialize,
+    plan_model,
+    stacked_weight,
+    stacks_of,
+)
+
+CONFIG = CompressionConfig(gamma=0.4, delta=0.375, block_size=8)
+
+
+@pytest.fixture
+def model() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(make_config()).eval()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([[2, 5, 6, 7, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+
+
+def test_gradients_follow_algorithm_1(model: BertForSequenceClassification) -> None:
+    """grad W is the gradient at S·D passed straight through; grad D = Sᵀ(SD − W), whole stack, once."""
+    factorize_model(model, CONFIG, KSVDConfig(2))
+    stack = stacks_of(model)[0]
+    weight = stacked_weight(model, stack.names).detach().clone()
+    model(**inputs()).logits[0, 0].backward()
+
+    error = blocks(stack.dense() - weight, 8)
+    codes = dense_codes(stack.indices, stack.values, stack.plan.n_atoms)
+    torch.testing.assert_close(stack.dictionary.grad, codes.transpose(1, 2) @ error)
+    straight = torch.cat([model.get_submodule(name).weight.grad for name in stack.names])
+
+    plain = materialize(model)
+    plain(**inputs()).logits[0, 0].backward()
+    at_product = torch.cat([plain.get_submodule(name).weight.grad for name in stack.names])
+    torch.testing.assert_close(straight, at_product, rtol=1e-4, atol=1e-6)
+
+
+def test_dictionary_gradient_is_that_of_half_the_squared_error(model: BertForSequenceClassification) -> None:
+    factorize_model(model, CONFIG, KSVDConfig(1))
+    stack = stacks_of(model)[3]
+    weight = stacked_weight(model, stack.names).detach()
+    model(**inputs()).logits.sum().backward()
+    free = stack.dictionary.detach().clone().requires_grad_()
+    product = (dense_codes(stack.indices, stack.values, stack.plan.n_atoms) @ free).transpose(0, 1).flatten(1)
+    (0.5 * (weight - product).square().sum()).backward()
+    torch.testing.assert_close(stack.dictionary.grad, free.grad)
+
+
+def test_dictionary_gradient_is_collected_only_when_asked(model: BertForSequenceClassification) -> None:
+    stacks = factorize_model(model, CONFIG, KSVDConfig(1))
+    for stack in stacks:
+        stack.collect_dictionary_gradient = False
+    model(**inputs()).logits.sum().backward()
+    assert all(stack.dictionary.grad is None or not stack.dictionary.grad.any() for stack in stacks)
+    assert stacked_weight(model, stacks[0].names).requires_grad
+
+
+def test_coding_afresh_follows_the_weights_and_refit_keeps_supports(model: BertForSequenceClassification) -> None:
+    stacks = factorize_model(model, CONFIG, KSVDConfig(2))
+    assert code_model(model) == pytest.approx(0.0, abs=0.02)  # nothing moved, so next to nothing changes
+    with torch.no_grad():
+        for name in stacks[0].names:
+            weight = model.get_submodule(name).weight
+            weight.copy_(torch.randn_like(weight))
+    supports = stacks[0].indices.clone()
+    assert code_model(model, afresh=False) == 0.0
+    assert torch.equal(stacks[0].indices, supports)
+    assert code_model(model) > 0.01
+    assert not torch.equal(stacks[0].indices, supports)
+
+
+def test_frozen_supports_train_by_true_gradients(model: BertForSequenceClassification) -> None:
+    stacks = factorize_model(model, CONFIG, KSVDConfig(1))
+    for stack in stacks:
+        stack.freeze_supports()
+    stack = stacks[1]
+    model(**inputs()).logits[0, 0].backward()
+    step = 1e-2
+    gradient = stack.values.grad[0, 3, 1].item()
+    with torch.no_grad():
+        stack.values[0, 3, 1] += step
+        up = model(**inputs()).logits[0, 0].item()
+        stack.values[0, 3, 1] -= 2 * step
+        down = model(**inputs()).logits[0, 0].item()
+    assert gradient == pytest.approx((up - down) / (2 * step), rel=5e-2, abs=1e-4)
+    assert stack.dictionary.grad.abs().sum() > 0
+
+
+def test_materialized_model_answers_the_same(model: BertForSequenceClassification) -> None:
+    factorize_model(model, CONFIG, KSVDConfig(2))
+    before = model(**inputs()).logits
+    plain = materialize(model)
+    assert not any(isinstance(module, FactorizedLinear) for module in plain.modules())
+    torch.testing.assert_close(plain(**inputs()).logits, before)
+    assert set(plain.state_dict()) == set(BertForSequenceClassification(make_config()).state_dict())
+
+
+def test_stacks_of_other_architectures() -> None:
+    config = DistilBertConfig(vocab_size=30, dim=32, n_layers=2, n_heads=4, hidden_dim=64)
+    stacks = find_stacks(DistilBertForSequenceClassification(config))
+    assert len(stacks) == 8
+    assert stacks[0].names[0].endswith("attention.q_lin")
+    with pytest.raises(ConfigError, match="not a model of the BERT family"):
+        find_stacks(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_plans_use_the_head_size_by_default(model: BertForSequenceClassification) -> None:
+    plans = plan_model(model, CompressionConfig(gamma=0.4, delta=0.375))
+    assert {plan.block_size for _, plan in plans} == {8}
+    assert plans[0][1].out_features == 96  # Q, K and V on top of one another

@@ -1,0 +1,146 @@
+"""Training learns, distils, resumes to the same numbers, and refuses what it cannot do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_config, make_tokenizer
+from transformers import BertForSequenceClassification
+
+from compressor.config import CompressionConfig, KSVDConfig, TrainConfig
+from compressor.data import classify_features, collate, complete_task, load_examples
+from compressor.files import SaveError, replace_file, replaced_folder
+from compressor.stf import factorize_model, stacks_of
+from compressor.tasks import find_task
+from compressor.train import TrainingError, _Loop, task_loss, train
+
+CONFIG = TrainConfig(max_steps=12, batch_size=16, learning_rate=3e-3, dropout=0.1, distill_weight=0.0)
+
+
+@pytest.fixture(scope="session")
+def setting(sentiment_tsv: Path) -> tuple[Any, Any]:
+    task = complete_task(find_task("classify"), sentiment_tsv)
+    examples = load_examples(task, "train", train_file=sentiment_tsv)
+    return task, classify_features(examples, make_tokenizer(), 32)
+
+
+def fresh(sparse: bool = False) -> Any:
+    torch.manual_seed(1)
+    model = BertForSequenceClassification(make_config())
+    if sparse:
+        factorize_model(model, CompressionConfig(gamma=0.4, delta=0.375, block_size=8), KSVDConfig(1))
+    return model
+
+
+@torch.no_grad()
+def mean_loss(model: Any, features: Any, task: Any) -> float:
+    batch = collate(features, 0)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return float(task_loss(model.eval()(**inputs), batch, task))
+
+
+@pytest.mark.parametrize("frozen", [None, False, True], ids=["dense", "stf", "frozen"])
+def test_loss_falls(setting: tuple[Any, Any], tmp_path: Path, frozen: bool | None) -> None:
+    task, features = setting
+    model = fresh(sparse=frozen is not None)
+    for stack in stacks_of(model):
+        if frozen:
+            stack.freeze_supports()
+    before = [stack.indices.clone() for stack in stacks_of(model)]
+    config = TrainConfig(max_steps=60, batch_size=16, learning_rate=3e-3, dropout=0.0, distill_weight=0.0)
+    assert mean_loss(model, features, task) > 0.6  # ln 2 = 0.69 is guessing
+    result = train(model, features, task, config, pad_id=0, checkpoint=tmp_path / "c.pt")
+    assert result.steps == 60
+    assert mean_loss(model, features, task) < 0.3
+    after = [stack.indices for stack in stacks_of(model)]
+    if frozen is not None:
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) is frozen
+
+
+def test_distillation_pulls_towards_the_teacher(setting: tuple[Any, Any], tmp_path: Path) -> None:
+    task, features = setting
+    teacher = fresh().eval()
+    train(
+        teacher,
+        features,
+        task,
+        TrainConfig(max_steps=60, batch_size=16, learning_rate=3e-3, distill_weight=0.0),
+        pad_id=0,
+        checkpoint=tmp_path / "t.pt",
+    )
+    teacher.eval().requires_grad_(False)
+    torch.manual_seed(5)
+    student = BertForSequenceClassification(make_config())
+
+    @torch.no_grad()
+    def gap() -> float:
+        batch = collate(features, 0)
+        batch.pop("labels")
+        answers = [model.eval()(**batch).logits.softmax(1) for model in (student, teacher)]
+        return float((answers[0] - answers[1]).abs().mean())
+
+    before = gap()
+    config = TrainConfig(max_steps=60, batch_size=16, learning_rate=3e-3, distill_weight=1.0, hidden_weight=0.1)
+    train(student, features, task, config, pad_id=0, checkpoint=tmp_path / "s.pt", teacher=teacher)
+    assert gap() < before / 3
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "stf"])
+def test_resume_gives_the_numbers_of_an_unbroken_run(setting: tuple[Any, Any], tmp_path: Path, sparse: bool) -> None:
+    task, features = setting
+    unbroken = fresh(sparse)
+    train(unbroken, features, task, CONFIG, pad_id=0, checkpoint=tmp_path / "whole.pt")
+
+    loop = _Loop(fresh(sparse), features, task, CONFIG, 0, None)
+    for _ in range(7):
+        loop.advance()
+    loop.save(tmp_path / "half.pt")
+    del loop
+    torch.manual_seed(99)
+    resumed = fresh(sparse)
+    train(resumed, features, task, CONFIG, pad_id=0, checkpoint=tmp_path / "half.pt", resume=True)
+    for name, tensor in unbroken.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_resume_refuses_what_is_not_its_own(setting: tuple[Any, Any], tmp_path: Path) -> None:
+    task, features = setting
+    path = tmp_path / "c.pt"
+    _Loop(fresh(), features, task, CONFIG, 0, None).save(path)
+    other = TrainConfig(max_steps=5, distill_weight=0.0)
+    with pytest.raises(TrainingError, match="another configuration"):
+        train(fresh(), features, task, other, pad_id=0, checkpoint=path, resume=True)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match="cannot be read"):
+        train(fresh(), features, task, CONFIG, pad_id=0, checkpoint=path, resume=True)
+
+
+def test_broken_numbers_stop_training(setting: tuple[Any, Any], tmp_path: Path) -> None:
+    task, features = setting
+    model = fresh()
+    model.classifier.weight.data.fill_(torch.inf)
+    with pytest.raises(TrainingError, match="the loss became"):
+        train(model, features, task, CONFIG, pad_id=0, checkpoint=tmp_path / "c.pt")
+    with pytest.raises(TrainingError, match="nothing to train on"):
+        train(model, [], task, CONFIG, pad_id=0, checkpoint=tmp_path / "c.pt")
+
+
+def test_failed_saves_leave_the_old_content(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with replaced_folder(target) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(SaveError, match="untouched"), replaced_folder(target) as folder:
+        (folder / "a").write_text("new")
+        raise OSError(28, "No space left on device")
+    assert (target / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    file = tmp_path / "file"
+    replace_file(file, b"old")
+    full = Path("/dev/full")
+    if full.exists():
+        (tmp_path / ".file.new").symlink_to(full)
+        with pytest.raises(SaveError, match="No space left"):
+            replace_file(file, b"new")
+    assert file.read_bytes() == b"old"
