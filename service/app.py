@@ -297,6 +297,7 @@ def create_app(settings: Settings) -> FastAPI:
         description="Text classification and question answering by dense and by DSFormer-compressed BERT models.",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     app.include_router(tasks)

@@ -17,7 +17,12 @@ ONE_TEXT, ONE_OBJECT, MANY = "<text>", "<object>", "<list>"
 TAGS = frozenset({ONE_TEXT, ONE_OBJECT, MANY})
 
 
-def not_blank(text: str) -> str:
+def real_text(text: str) -> str:
+    """Refuse what JSON can carry and no text can be: lone surrogates, and nothing but white space."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("string_unicode", "lone surrogate") from error
     if not text.strip():
         raise PydanticCustomError("blank", "the text is empty or only white space")
     return text
@@ -32,7 +37,7 @@ def kind_of(value: Any) -> str | None:
     return ONE_OBJECT if isinstance(value, dict | BaseModel) else None
 
 
-Text = Annotated[str, AfterValidator(not_blank)]
+Text = Annotated[str, AfterValidator(real_text)]
 
 
 class Strict(BaseModel):

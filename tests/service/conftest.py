@@ -9,12 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import string
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
+from fastapi.testclient import TestClient
 from onnx import TensorProto, helper, numpy_helper
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+
+from service.app import create_app
+from service.settings import Settings
 
 HIDDEN = 32
 BLOCK = 16
@@ -34,7 +42,7 @@ def vocabulary() -> list[str]:
 
 def tokenizer() -> Tokenizer:
     words = vocabulary()
-    made = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    made = Tokenizer(WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
@@ -66,7 +74,10 @@ def graph(task: str, variant: str, outputs: int) -> onnx.ModelProto:
 
     words = node("Gather", [weight("word_embeddings", len(vocabulary()), HIDDEN), "input_ids"], "words")
     kinds = node("Gather", [weight("type_embeddings", 2, HIDDEN), "token_type_ids"], "kinds")
-    x = node("Add", [words, kinds], "x")  # (B, T, H)
+    count = node("CumSum", ["attention_mask", constant("along", np.array(1))], "count")
+    place = node("Sub", [count, constant("step", np.array(1))], "place")
+    places = node("Gather", [weight("position_embeddings", MAX_LENGTH, HIDDEN), place], "places")
+    x = node("Add", [node("Add", [words, kinds], "wk"), places], "x")  # (B, T, H)
     turned = node("Transpose", [x], "turned", perm=[0, 2, 1])
     near = node("MatMul", [x, turned], "near")  # (B, T, T)
     mask = node("Cast", ["attention_mask"], "mask", to=TensorProto.FLOAT)
@@ -121,7 +132,7 @@ def hidden_layer(variant, y, rng, constant, nodes) -> str:
     return "hidden"
 
 
-def write(
+def write_model_folder(
     folder: Path,
     task: str,
     variant: str,
@@ -152,3 +163,44 @@ def write(
         config |= {"id2label": {str(i): label for i, label in enumerate(labels)}, "problem_type": problem_type}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_folder() -> Callable[..., Path]:
+    """Writes one tiny model folder: (folder, task, variant, labels, problem_type)."""
+    return write_model_folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both tasks, both variants."""
+    root = tmp_path_factory.mktemp("models")
+    for task in ("classify", "qa"):
+        for variant in ("dense", "dsformer"):
+            write_model_folder(root / f"tiny-{task}-{variant}", task, variant)
+    return root
+
+
+@pytest.fixture(scope="session")
+def make_client() -> Callable[..., TestClient]:
+    """A client of a new service; use it in a `with`, which returns when the service is ready."""
+
+    class ReadyClient(TestClient):
+        def __enter__(self) -> ReadyClient:
+            super().__enter__()
+            deadline = time.monotonic() + 60
+            while self.get("/readyz").status_code != 200:
+                assert time.monotonic() < deadline, self.get("/readyz").text
+                time.sleep(0.02)
+            return self
+
+    def make(models: Path, **options: object) -> TestClient:
+        return ReadyClient(create_app(Settings(models=models, threads=1, **options)))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def client(models: Path, make_client: Callable[..., TestClient]) -> Iterator[TestClient]:
+    with make_client(models) as ready:
+        yield ready

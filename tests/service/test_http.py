@@ -1,0 +1,355 @@
+"""Bad input of every kind: a sentence, the right status, and the next request is still answered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.errors import BackendFailed
+from service.model import OnnxModel
+
+JSON = {"content-type": "application/json"}
+QA = {"question": "Where does Clara live?", "context": "Clara lives in Berkeley."}
+
+
+@pytest.fixture(autouse=True)
+def still_answers(client: TestClient) -> Iterator[None]:
+    yield
+    assert client.post("/classify", json={"inputs": "the film is good"}).status_code == 200
+    assert client.post("/qa", json={"inputs": QA}).json()["answer"]
+
+
+def check_error(response: Any, status: int, error_type: str, words: str = "") -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error", "error_type", "request_id", "detail"}
+    assert body["error_type"] == error_type
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert words in body["error"]
+    assert body["error"][-1] in ".)"
+    assert all(set(item) == {"field", "message"} for item in body["detail"])
+    return body
+
+
+@pytest.mark.parametrize("path", ["/classify", "/qa", "/variants/dense/classify", "/variants/dense/qa"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"{bad", "not valid JSON"),
+        (b"\xff\xfe\xfa", "not valid JSON"),
+        (b'{"inputs": "caf\xe9"}', "not valid JSON"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"inputs":' * 50_000, "nested too deeply"),
+        (b"1" * 10_000, "not valid JSON"),
+        (b'{"inputs": []}', "the batch is empty"),
+    ],
+)
+def test_malformed_bodies(client: TestClient, path: str, content: bytes, words: str) -> None:
+    check_error(client.post(path, content=content, headers=JSON), 400, "malformed", words)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ([], "The body: expected a JSON object"),
+        ("text", "The body: expected a JSON object"),
+        ({}, "inputs: this field is required"),
+        ({"input": "a"}, "inputs: this field is required"),
+        ({"inputs": None}, "inputs: expected a text"),
+        ({"inputs": 3}, "inputs: expected a text"),
+        ({"inputs": ["a", 3]}, "inputs[1]: expected a text"),
+        ({"inputs": [["a"]]}, "inputs[0]: expected a text"),
+        ({"inputs": ""}, "inputs: the text is empty"),
+        ({"inputs": " \t\n\u3000"}, "inputs: the text is empty"),
+        ({"inputs": ["good", ""]}, "inputs[1]: the text is empty"),
+        ({"inputs": {"text": "a", "text_pair": " "}}, "inputs.text_pair: the text is empty"),
+        ({"inputs": {"text": "a", "pair": "b"}}, "inputs.pair: there is no such field"),
+        ({"inputs": "\0"}, "inputs[0]: the tokenizer finds no word"),
+        ({"inputs": "\u200b\u0301"}, "inputs[0]: the tokenizer finds no word"),
+        ({"inputs": "a", "parameters": {"topk": 1}}, "parameters.topk: there is no such field"),
+        ({"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k"),
+        ({"inputs": "a", "parameters": {"top_k": True}}, "parameters.top_k"),
+        ({"inputs": "a", "parameters": {"top_k": "2"}}, "parameters.top_k"),
+        ({"inputs": "a", "parameters": {"truncation": "both"}}, "parameters.truncation"),
+        ({"inputs": "a", "parameters": {"function_to_apply": "relu"}}, "parameters.function_to_apply"),
+        ({"inputs": "a", "extra": 1}, "extra: there is no such field"),
+        ({"inputs": ["a"] * 65}, "65 inputs in one request; at most 64"),
+    ],
+)
+def test_wrong_fields_of_classify(client: TestClient, body: object, words: str) -> None:
+    response = client.post("/classify", json=body)
+    check_error(response, 422, "validation", words)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ("Where?", "inputs: expected an object"),
+        ({"question": "Where?"}, "inputs.context: this field is required"),
+        ({"question": "", "context": "a"}, "inputs.question: the text is empty"),
+        ({"question": "Where?", "context": " \n "}, "inputs.context: the text is empty"),
+        ({"question": "Where?", "context": "\0\0"}, "inputs[0].context: the tokenizer finds no word"),
+        ([QA, {"question": "\0", "context": "a"}], "inputs[1].question: the tokenizer finds no word"),
+        ([QA, 7], "inputs[1]: "),
+        ([QA] * 65, "65 inputs in one request"),
+    ],
+)
+def test_wrong_fields_of_qa(client: TestClient, inputs: object, words: str) -> None:
+    check_error(client.post("/qa", json={"inputs": inputs}), 422, "validation", words)
+
+
+@pytest.mark.parametrize("field", ["top_k", "doc_stride", "max_answer_len", "max_seq_len", "max_question_len"])
+@pytest.mark.parametrize("value", [-1, 1.5, "3", True, [1]])
+def test_wrong_numbers_of_qa(client: TestClient, field: str, value: object) -> None:
+    body = json.dumps({"inputs": QA, "parameters": {field: value}})
+    check_error(client.post("/qa", content=body, headers=JSON), 422, "validation")
+
+
+def test_lone_surrogates(client: TestClient) -> None:
+    body = rb'{"inputs": ["good", "bad \ud800"]}'
+    check_error(
+        client.post("/classify", content=body, headers=JSON), 422, "validation", "inputs[1]: the text holds a lone"
+    )
+    body = rb'{"inputs": {"question": "\udfff", "context": "a"}}'
+    check_error(client.post("/qa", content=body, headers=JSON), 422, "validation", "inputs.question: the text holds")
+    body = rb'{"inputs": "good", "\ud800": 1}'
+    check_error(client.post("/classify", content=body, headers=JSON), 422, "validation", "lone surrogate")
+
+
+def test_nul_among_words_is_no_word(client: TestClient) -> None:
+    with_nul = client.post("/classify", json={"inputs": "the film\0 is good"})
+    assert with_nul.json() == client.post("/classify", json={"inputs": "the film is good"}).json()
+    context = "Clara\0 lives\0 in Berkeley"
+    answer = client.post("/qa", json={"inputs": {"question": "Where?", "context": context}}).json()
+    assert context[answer["start"] : answer["end"]] == answer["answer"]
+
+
+def test_a_megabyte_of_text(client: TestClient) -> None:
+    text = "the film is good " * 60_000
+    check_error(client.post("/classify", json={"inputs": text}), 422, "too_long")
+    cut = client.post("/classify", json={"inputs": text, "parameters": {"truncation": "right"}})
+    assert (cut.status_code, cut.headers["x-truncated"]) == (200, "1")
+    check_error(client.post("/qa", json={"inputs": {"question": "Where?", "context": text}}), 422, "too_long")
+    word = client.post("/classify", json={"inputs": "x" * 1_000_000})
+    assert word.status_code == 200  # one word, unknown to the vocabulary
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/xml"])
+def test_only_json_is_taken(client: TestClient, content_type: str | None) -> None:
+    headers = {} if content_type is None else {"content-type": content_type}
+    response = client.post("/classify", content=b'{"inputs": "good"}', headers=headers)
+    check_error(response, 415, "media_type", "application/json")
+
+
+def test_a_charset_may_follow_the_media_type(client: TestClient) -> None:
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    assert client.post("/classify", content=b'{"inputs": "good"}', headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_body_over_the_cap(models: Path, make_client: Callable[..., TestClient], chunked: bool) -> None:
+    with make_client(models, max_body_bytes=1000) as small:
+        fits = json.dumps({"inputs": "a" * 980}).encode()
+        assert len(fits) <= 1000
+        assert small.post("/classify", content=fits, headers=JSON).status_code == 200
+        for size in (1001, 7000, 20_000):
+            body = (b" " * 100 for _ in range(size // 100 + 1)) if chunked else b" " * size
+            check_error(small.post("/classify", content=body, headers=JSON), 413, "payload_too_large", "1000 bytes")
+        # Not JSON either, but size is looked at first.
+        check_error(small.post("/classify", content=b"{" * 2000, headers=JSON), 413, "payload_too_large")
+
+
+def test_unknown_routes_verbs_and_variants(client: TestClient) -> None:
+    check_error(client.get("/nope"), 404, "not_found")
+    check_error(client.post("/classify/", json={"inputs": "a"}, follow_redirects=False), 404, "not_found")
+    response = client.get("/classify")
+    check_error(response, 405, "method")
+    assert response.headers["allow"] == "POST"
+    check_error(client.post("/livez"), 405, "method")
+    check_error(client.post("/variants/int4/classify", json={"inputs": "a"}), 404, "not_found", "dense, dsformer")
+    check_error(client.post("/qa", json={"inputs": QA, "parameters": {"variant": "int4"}}), 404, "not_found")
+    body = {"inputs": "a", "parameters": {"variant": "dense"}}
+    check_error(client.post("/variants/dsformer/classify", json=body), 422, "validation", "differs")
+    assert client.post("/variants/dense/classify", json=body).status_code == 200
+
+
+def test_a_task_without_a_model(models: Path, make_client: Callable[..., TestClient]) -> None:
+    with make_client(models / "tiny-qa-dense") as client:
+        check_error(client.post("/classify", json={"inputs": "a"}), 424, "task_unavailable")
+        assert client.post("/qa", json={"inputs": QA}).headers["x-model-variant"] == "dense"
+        assert client.get("/info").json()["default_variants"] == {"qa": "dense"}
+        check_error(client.post("/variants/dsformer/qa", json={"inputs": QA}), 404, "not_found")
+
+
+def test_the_variant_is_chosen(client: TestClient) -> None:
+    variants = {}
+    for name, path, parameters in [
+        ("default", "/classify", {}),
+        ("body", "/classify", {"variant": "dense"}),
+        ("path", "/variants/dense/classify", {}),
+    ]:
+        response = client.post(path, json={"inputs": "good", "parameters": parameters})
+        variants[name] = response.headers["x-model-variant"]
+    assert variants == {"default": "dsformer", "body": "dense", "path": "dense"}
+
+
+def test_old_clients_options_are_ignored(client: TestClient) -> None:
+    body = {"inputs": "good", "options": {"wait_for_model": True}}
+    assert client.post("/classify", json=body).status_code == 200
+
+
+def test_request_id(client: TestClient) -> None:
+    assert client.get("/livez", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    for bad in ("a b", "x" * 200, 'a"b'):
+        fresh = client.get("/livez", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", fresh)
+    assert client.get("/livez").headers["x-request-id"] != client.get("/livez").headers["x-request-id"]
+
+
+def test_timing_headers(client: TestClient) -> None:
+    headers = client.post("/classify", json={"inputs": ["the film", "is good"]}).headers
+    parts = dict(re.fullmatch(r"(\w+);dur=([\d.]+)", part).groups() for part in headers["server-timing"].split(", "))
+    assert list(parts) == ["tok", "queue", "infer", "post"]
+    assert float(parts["infer"]) > 0
+    assert headers["x-compute-tokens"] == "8"
+    total = int(headers["x-total-time"])
+    assert total + 1 >= sum(float(value) for value in parts.values())
+    for name in ("x-tokenization-time", "x-queue-time", "x-inference-time"):
+        assert 0 <= int(headers[name]) <= total
+    assert re.fullmatch("[0-9a-f]{12}", headers["x-model-revision"])
+
+
+@pytest.mark.parametrize(
+    "failure", [BackendFailed("The model tiny failed: out of memory."), RuntimeError("secret text of a user")]
+)
+def test_a_failing_model_is_a_500_without_user_text(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.DEBUG, logger="service"):
+        patched.setattr(OnnxModel, "run", fail)
+        response = client.post("/classify", json={"inputs": "secret text of a user"})
+    body = check_error(response, 500, "backend" if isinstance(failure, BackendFailed) else "internal")
+    assert "secret" not in response.text
+    (record,) = [r for r in caplog.records if r.message == "request failed"]
+    assert record.request_id == body["request_id"]
+    assert record.kind == type(failure).__name__
+    assert all("secret" not in str(vars(r)) for r in caplog.records if r.name.startswith("service"))
+
+
+def test_nan_logits_are_a_500(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spoilt:
+        def run(self, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return [np.full((len(feed["input_ids"]), 2), np.nan, dtype=np.float32)]
+
+    model = client.app.state.service.models.get("classify", "dense")
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "_session", Spoilt())
+        response = client.post("/variants/dense/classify", json={"inputs": "good"})
+    check_error(response, 500, "backend", "NaN")
+
+
+def test_not_ready_before_the_warm_up_and_after_a_failed_one(
+    models: Path, make_client: Callable[..., TestClient]
+) -> None:
+    with make_client(models) as client:
+        service = client.app.state.service
+        service.ready = False
+        for response in (
+            client.get("/readyz"),
+            client.get("/health"),
+            client.post("/classify", json={"inputs": "a"}),
+        ):
+            check_error(response, 503, "not_ready", "warming up")
+            assert response.headers["retry-after"] == "1"
+        assert client.get("/livez").status_code == 200
+        service.failure = "The warm-up failed."
+        check_error(client.get("/livez"), 503, "not_ready", "failed")
+
+
+def test_a_failed_warm_up_makes_the_service_neither_ready_nor_alive(
+    models: Path, make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service.app import create_app
+    from service.settings import Settings
+
+    app = create_app(Settings(models=models, threads=1))
+    monkeypatch.setattr(OnnxModel, "run", lambda *_: (_ for _ in ()).throw(BackendFailed("broken.")))
+    with TestClient(app) as client:
+        for _ in range(200):
+            if app.state.service.failure:
+                break
+            client.get("/livez")
+        check_error(client.get("/readyz"), 503, "not_ready", "warm-up failed")
+        check_error(client.get("/livez"), 503, "not_ready", "warm-up failed")
+
+
+def test_probes_and_docs(client: TestClient) -> None:
+    assert client.get("/livez").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == client.get("/health").json() == {"status": "ready"}
+    assert "swagger" in client.get("/docs").text
+    schema = client.get("/openapi.json").json()
+    for path in ("/classify", "/qa", "/variants/{variant}/classify", "/variants/{variant}/qa"):
+        operation = schema["paths"][path]["post"]
+        assert {"200", "400", "404", "413", "415", "422", "424", "500", "503"} <= set(operation["responses"])
+        error = operation["responses"]["422"]["content"]["application/json"]["schema"]
+        assert error["$ref"].endswith("/ErrorBody")
+
+
+def test_info(client: TestClient) -> None:
+    info = client.get("/info").json()
+    assert info["default_variants"] == {"classify": "dsformer", "qa": "dsformer"}
+    assert {(m["task"], m["variant"]) for m in info["models"]} == {
+        (task, variant) for task in ("classify", "qa") for variant in ("dense", "dsformer")
+    }
+    assert info["limits"]["max_batch_items"] == 64
+    assert info["truncation"] == "error"
+    assert info["runtime"]["isa"] in ("scalar", "avx2", "avx512")
+    assert info["runtime"]["isa_reason"]
+    (model,) = [m for m in info["models"] if (m["task"], m["variant"]) == ("classify", "dsformer")]
+    assert (model["preset"], model["labels"], model["max_length"]) == ("2.8x", ["NEGATIVE", "POSITIVE"], 128)
+
+
+json_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+request_like = st.fixed_dictionaries(
+    {"inputs": json_value | st.fixed_dictionaries({"question": json_value, "context": json_value})},
+    optional={"parameters": st.dictionaries(st.sampled_from(["top_k", "doc_stride", "variant", "x"]), json_value)},
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(["/classify", "/qa", "/variants/dense/qa"]), body=json_value | request_like)
+def test_no_json_breaks_the_service(client: TestClient, path: str, body: object) -> None:
+    response = client.post(path, content=json.dumps(body).encode(), headers=JSON)
+    assert response.status_code in (200, 400, 404, 422), response.text
+    if response.status_code != 200:
+        check_error(response, response.status_code, response.json()["error_type"])
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(min_size=1, max_size=200))
+def test_any_text_is_answered_or_refused_with_a_sentence(client: TestClient, text: str) -> None:
+    body = json.dumps({"inputs": {"question": "where", "context": text}, "parameters": {"top_k": 5}}).encode()
+    response = client.post("/qa", content=body, headers=JSON)
+    if response.status_code == 200:
+        for answer in response.json():
+            assert text[answer["start"] : answer["end"]] == answer["answer"]
+    else:
+        check_error(response, 422, "validation")
