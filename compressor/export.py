@@ -186,8 +186,10 @@ def _build_graph(
 
 
 def _input_names(model: Any, tokenizer: Tokenizer) -> list[str]:
-    """The graph's inputs: what the tokenizer makes and the model takes."""
-    accepted = inspect.signature(model.forward).parameters
+    """The graph's inputs: what the tokenizer makes and the model tells apart."""
+    accepted = set(inspect.signature(model.forward).parameters)
+    if getattr(model.config, "type_vocab_size", 0) < 2:  # RoBERTa takes token types, but knows only one
+        accepted.discard("token_type_ids")
     return [
         name
         for name in ("input_ids", "attention_mask", "token_type_ids")
