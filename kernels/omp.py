@@ -60,9 +60,7 @@ def refit(
     if indices.shape[:2] != expected or not 1 <= indices.shape[2] <= n_atoms:
         raise ValueError(f"indices: expected shape {(*expected, f'1..{n_atoms}')}, got {indices.shape}")
     if indices.min() < 0 or indices.max() >= n_atoms:
-        raise ValueError(
-            f"indices: expected numbers in [0, {n_atoms}), got {indices.min()} to {indices.max()}"
-        )
+        raise ValueError(f"indices: expected numbers in [0, {n_atoms}), got {indices.min()} to {indices.max()}")
     values = np.empty(indices.shape, np.float32)
     _run(library().dsformer_refit, weight, dictionary, indices, values, threads)
     return values

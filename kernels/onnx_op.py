@@ -51,6 +51,4 @@ def check_weights(
     if indices.max() >= n_atoms:
         raise ValueError(f"indices: expected numbers below {n_atoms} (atoms per block), got {indices.max()}")
     if bias is not None and (bias.dtype != np.float32 or bias.shape != values.shape[1:2]):
-        raise ValueError(
-            f"bias: expected float32 of shape {values.shape[1:2]}, got {bias.dtype} of {bias.shape}"
-        )
+        raise ValueError(f"bias: expected float32 of shape {values.shape[1:2]}, got {bias.dtype} of {bias.shape}")

@@ -1,7 +1,6 @@
 #include "dispatch.h"
 
 #include <cstdlib>
-#include <cstring>
 #include <string>
 
 namespace dsformer {
@@ -26,60 +25,49 @@ const Tier kTiers[] = {  // best first
     {"scalar", "nothing", [] { return true; }, &ds_linear_scalar, &omp_scalar},
 };
 
-std::string names() {
+std::string names(const Tier* tiers, size_t n_tiers) {
   std::string text;
-  for (const Tier& tier : kTiers) text = tier.name + (text.empty() ? "" : ", " + text);
+  for (size_t i = n_tiers; i-- > 0;) text += (text.empty() ? "" : ", ") + std::string(tiers[i].name);
   return text;
 }
 
-struct Chosen : Choice {
-  std::string text;
-
-  Chosen() {
-    tier = nullptr;
-    const char* forced = std::getenv("DSFORMER_ISA");
-    if (forced && *forced) {
-      force(forced);
-    } else {
-      pick();
+const Tier* force(const std::string& name, const Tier* tiers, size_t n_tiers, std::string* message) {
+  const std::string setting = "DSFORMER_ISA=" + name;
+  for (size_t i = 0; i < n_tiers; ++i) {
+    if (name != tiers[i].name) continue;
+    if (tiers[i].supported()) {
+      *message = "forced by " + setting;
+      return &tiers[i];
     }
-    message = text.c_str();
+    *message = setting + " is impossible here: it needs " + tiers[i].requires_features +
+               ", which this CPU or operating system lacks; unset it or choose another of " + names(tiers, n_tiers);
+    return nullptr;
   }
-
-  void force(const char* name) {
-    for (const Tier& candidate : kTiers) {
-      if (std::strcmp(candidate.name, name) != 0) continue;
-      if (candidate.supported()) {
-        tier = &candidate;
-        text = std::string("forced by DSFORMER_ISA=") + name;
-      } else {
-        text = std::string("DSFORMER_ISA=") + name + " is impossible here: it needs " + candidate.requires_features +
-               ", which this CPU or operating system lacks; unset it or choose a lower tier of " + names();
-      }
-      return;
-    }
-    text = std::string("DSFORMER_ISA=") + name + " is not a tier of this build; it knows " + names();
-  }
-
-  void pick() {
-    for (const Tier& candidate : kTiers) {
-      if (!candidate.supported()) {
-        text += std::string(text.empty() ? "" : "; ") + candidate.name + " needs " + candidate.requires_features +
-                ", missing here";
-        continue;
-      }
-      tier = &candidate;
-      text = std::string("best of ") + names() + " that this CPU and operating system support" +
-             (text.empty() ? "" : " (" + text + ")");
-      return;
-    }
-  }
-};
+  *message = setting + " is not a tier of this build; it knows " + names(tiers, n_tiers);
+  return nullptr;
+}
 
 }  // namespace
 
+const Tier* choose(const char* forced, const Tier* tiers, size_t n_tiers, std::string* message) {
+  if (forced && *forced) return force(forced, tiers, n_tiers, message);
+  std::string missing;
+  for (size_t i = 0; i < n_tiers; ++i) {
+    if (tiers[i].supported()) {
+      *message = "best of " + names(tiers, n_tiers) + " that this CPU and operating system support" + missing;
+      return &tiers[i];
+    }
+    missing += std::string("; ") + tiers[i].name + " needs " + tiers[i].requires_features;
+  }
+  *message = "this build has no tier for this CPU";
+  return nullptr;
+}
+
 const Choice& choice() {
-  static const Chosen chosen;
+  static std::string message;
+  static const Tier* const tier =
+      choose(std::getenv("DSFORMER_ISA"), kTiers, sizeof kTiers / sizeof *kTiers, &message);
+  static const Choice chosen{tier, message.c_str()};
   return chosen;
 }
 

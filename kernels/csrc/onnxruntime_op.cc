@@ -360,6 +360,9 @@ void infer_shape(const OrtApi& api, OrtShapeInferContext* context) {
   if (y.sizes.empty() || values.sizes.size() != 3) return;  // unknown here; Compute checks the real shapes
   y.sizes.back() = values.sizes[1];
   y.symbols.back() = values.symbols[1];
+  for (size_t i = 0; i < y.sizes.size(); ++i) {
+    if (y.sizes[i] < 0 && !*y.symbols[i]) return;  // a size with neither number nor name cannot be handed on
+  }
   OrtTensorTypeAndShapeInfo* raw = nullptr;
   check(api, api.CreateTensorTypeAndShapeInfo(&raw));
   const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> info(

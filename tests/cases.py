@@ -1,0 +1,72 @@
+"""Shapes of DSLinear that tests and benchmarks share."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kernels.onnx_op import index_dtype
+
+
+class Case(NamedTuple):
+    """One layer: N = n_blocks · width inputs, M = rows outputs."""
+
+    name: str
+    n_blocks: int
+    width: int  # B
+    n_atoms: int  # K
+    rows: int  # M
+    n_nonzero: int  # S
+    half: bool = False  # dictionary and values in float16
+    bias: bool = True
+    activation: str = "none"
+
+    def arrays(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """dictionary, indices, values and, if the case has one, bias."""
+        rng = np.random.default_rng(seed)
+        number = np.float16 if self.half else np.float32
+        codes = (self.n_blocks, self.rows, self.n_nonzero)
+        arrays = {
+            "dictionary": rng.standard_normal((self.n_blocks, self.n_atoms, self.width)).astype(number),
+            "indices": rng.integers(0, self.n_atoms, codes).astype(index_dtype(self.n_atoms)),
+            "values": rng.standard_normal(codes).astype(number),
+        }
+        if self.bias:
+            arrays["bias"] = rng.standard_normal(self.rows).astype(np.float32)
+        return arrays
+
+
+# Edges: K, M, S, B that are no multiples of any vector; one of everything; every storage type and epilogue.
+EDGE_CASES = (
+    Case("bert-attention", 12, 64, 96, 768, 12),
+    Case("bert-ffn-in", 4, 64, 384, 300, 12, activation="gelu"),
+    Case("minilm-half", 12, 32, 144, 193, 6, half=True, activation="gelu"),
+    Case("no-bias", 3, 16, 48, 64, 4, bias=False),
+    Case("no-bias-gelu", 3, 16, 48, 64, 4, bias=False, activation="gelu"),
+    Case("odd", 3, 17, 37, 53, 5),
+    Case("odd-half", 3, 17, 37, 53, 5, half=True),
+    Case("one-of-everything", 1, 1, 1, 1, 1),
+    Case("k256", 2, 8, 256, 31, 3),
+    Case("k257-uint16", 2, 8, 257, 33, 3, activation="gelu"),
+    Case("many-nonzeros", 1, 8, 700, 9, 600),
+    Case("many-nonzeros-half", 1, 8, 700, 9, 600, half=True),
+    Case("wide-block-half", 2, 150, 20, 17, 7, half=True),
+    Case("wide-block", 2, 150, 20, 17, 7),
+)
+# Around every vector and tile edge: (batch, sequence).
+EDGE_TOKENS = ((1, 1), (1, 15), (1, 16), (1, 17), (2, 24), (1, 63), (1, 65), (3, 43), (0, 5))
+
+# More tokens than a call keeps in scratch at once.
+GROUPS_CASE = Case("several-groups", 12, 64, 384, 20, 3)
+GROUPS_TOKENS = ((1, 700),)
+
+# Layers of real models at the presets, for benchmarks; 128 tokens is the usual length.
+BENCH_CASES = (
+    Case("bert-base-qkv-2.8x", 12, 64, 288, 2304, 12),
+    Case("bert-base-output-2.8x", 12, 64, 96, 768, 12),
+    Case("bert-base-ffn-in-2.8x", 12, 64, 384, 3072, 12, activation="gelu"),
+    Case("bert-base-ffn-out-2.8x", 48, 64, 96, 768, 12),
+    Case("minilm-qkv-2.8x", 12, 32, 144, 1152, 6),
+    Case("minilm-output-2.8x", 12, 32, 48, 384, 6),
+    Case("minilm-ffn-in-2.8x", 12, 32, 192, 1536, 6, activation="gelu"),
+    Case("minilm-ffn-out-2.8x", 48, 32, 48, 384, 6),
+)

@@ -1,0 +1,40 @@
+"""ONNX models of one DSLinear node, and sessions that run them."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from kernels import library_path
+from kernels.onnx_op import DOMAIN, OP_TYPE, SINCE_VERSION
+
+
+def one_node_model(arrays: dict[str, np.ndarray], x_shape=None, inputs=("X",), **attributes) -> bytes:
+    """A serialized model Y = DSLinear(X, arrays...); `inputs` are graph inputs, the other arrays initializers.
+
+    An IR version that ONNX Runtime 1.17 reads.
+    """
+    dictionary = arrays["dictionary"]
+    if x_shape is None:
+        x_shape = ["batch", "sequence", dictionary.shape[0] * dictionary.shape[-1]]
+    names = ["X", "dictionary", "indices", "values"] + ["bias"] * ("bias" in arrays)
+    node = helper.make_node(OP_TYPE, names, ["Y"], name="layer_7", domain=DOMAIN, **attributes)
+    graph_inputs = [helper.make_tensor_value_info("X", TensorProto.FLOAT, x_shape)]
+    for name in inputs[1:]:
+        kind = helper.np_dtype_to_tensor_dtype(arrays[name].dtype)
+        graph_inputs.append(helper.make_tensor_value_info(name, kind, arrays[name].shape))
+    initializers = [numpy_helper.from_array(arrays[n], n) for n in names[1:] if n not in inputs]
+    output = helper.make_tensor_value_info("Y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "one_node", graph_inputs, [output], initializers)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, SINCE_VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+
+
+def session(model: bytes | Path, threads: int = 1) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(library_path())
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # the errors that tests provoke come as exceptions too
+    source = str(model) if isinstance(model, Path) else model
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,151 @@
+"""DSLinear in ONNX Runtime: every tier against the float64 reference, and the oldest runtime we promise."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import EDGE_CASES, EDGE_TOKENS, GROUPS_CASE, GROUPS_TOKENS
+from ds_model import one_node_model, session
+
+from kernels import library_path, reference
+
+TIERS = ("scalar", "avx2", "avx512")
+RUN_MODELS = Path(__file__).with_name("run_models.py")
+# Products of a few hundred terms in float32; observed below 6e-7.
+MAX_RELATIVE_ERROR = 1e-5
+
+
+def run(command, **environment):
+    return subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def write_models(folder):
+    """Model and input files of all cases; returns [(case, expected outputs, in float64)]."""
+    expected = []
+    for case, tokens in [(c, EDGE_TOKENS) for c in EDGE_CASES] + [(GROUPS_CASE, GROUPS_TOKENS)]:
+        rng = np.random.default_rng(1)
+        arrays = case.arrays()
+        model = one_node_model(arrays, activation=case.activation)
+        (folder / f"{case.name}.onnx").write_bytes(model)
+        n_inputs = case.n_blocks * case.width
+        xs = [rng.standard_normal((*shape, n_inputs)).astype(np.float32) for shape in tokens]
+        np.savez(folder / f"{case.name}.npz", **{f"x{i}": x for i, x in enumerate(xs)})
+        outputs = [reference.ds_linear(x, **arrays, activation=case.activation) for x in xs]
+        expected.append((case, outputs))
+    return expected
+
+
+def check_outputs(folder, expected):
+    for case, outputs in expected:
+        with np.load(folder / f"{case.name}.out.npz") as computed:
+            for i, wanted in enumerate(outputs):
+                y = computed[f"y{i}"]
+                assert y.dtype == np.float32
+                assert y.shape == wanted.shape
+                np.testing.assert_array_equal(computed[f"t{i}"], y, err_msg=f"{case.name}: threads matter")
+                if wanted.size:
+                    error = np.abs(y - wanted).max() / np.abs(wanted).max()
+                    assert error < MAX_RELATIVE_ERROR, f"{case.name}, input {i}: relative error {error:.2g}"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return folder, write_models(folder)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_tier_matches_the_reference(models, tier):
+    folder, expected = models
+    probe = run([sys.executable, "-c", "import kernels; print(kernels.isa())"], DSFORMER_ISA=tier)
+    if "is impossible here" in probe.stderr:
+        pytest.skip(probe.stderr.strip().splitlines()[-1])
+    assert f"name='{tier}', reason='forced by DSFORMER_ISA={tier}'" in probe.stdout, probe.stderr
+    done = run([sys.executable, RUN_MODELS, library_path(), folder], DSFORMER_ISA=tier)
+    assert done.returncode == 0, done.stderr
+    assert "odd ['batch', 'sequence', 53]" in done.stdout
+    check_outputs(folder, expected)
+
+
+def test_oldest_supported_onnxruntime(models):
+    python = os.environ.get("DSFORMER_ORT_MIN_PYTHON")
+    if not python:
+        pytest.skip("DSFORMER_ORT_MIN_PYTHON is not set (a Python that has onnxruntime 1.17)")
+    folder, expected = models
+    for stale in folder.glob("*.out.npz"):
+        stale.unlink()
+    done = run([python, RUN_MODELS, library_path(), folder])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("onnxruntime 1.17."), done.stdout
+    assert "odd ['batch', 'sequence', 53]" in done.stdout
+    check_outputs(folder, expected)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "x", "inferred"),
+    [
+        (["tokens", 51], (7, 51), ["tokens", 53]),
+        ([51], (51,), [53]),
+        ([2, "a", "b", 51], (2, 3, 4, 51), [2, "a", "b", 53]),
+        (["batch", None, 51], (2, 3, 51), []),  # a size with neither number nor name: nothing is inferred
+        (["batch", "sequence", None], (2, 3, 51), ["batch", "sequence", 53]),
+    ],
+)
+def test_any_rank_and_its_inferred_shape(x_shape, x, inferred):
+    case = next(case for case in EDGE_CASES if case.name == "odd")
+    arrays = case.arrays()
+    model = session(one_node_model(arrays, x_shape))
+    assert model.get_outputs()[0].shape == inferred
+    inputs = np.random.default_rng(2).standard_normal(x).astype(np.float32)
+    y = model.run(None, {"X": inputs})[0]
+    np.testing.assert_allclose(y, reference.ds_linear(inputs, **arrays), rtol=1e-4, atol=1e-4)
+
+
+def test_gelu_is_exact_over_its_whole_range():
+    """Identity dictionary and codes, so that Y = gelu(X), far into both tails."""
+    eye = np.eye(8, dtype=np.float32)[None]
+    arrays = {"dictionary": eye, "indices": np.arange(8, dtype=np.uint8).reshape(1, 8, 1)}
+    arrays["values"] = np.ones((1, 8, 1), np.float32)
+    x = np.concatenate([np.linspace(-8, 8, 4000), [0, -0.0, -1e4, 1e4, -3e38, 3e38, 1e-30, -1e-30]])
+    x = x.astype(np.float32).reshape(-1, 8)
+    y = session(one_node_model(arrays, activation="gelu", x_shape=["tokens", 8])).run(None, {"X": x})[0]
+    with np.errstate(over="ignore"):
+        expected = reference.ds_linear(x, **arrays, activation="gelu")
+    # erf is within 3.1e-7, and is multiplied by x / 2.
+    assert (np.abs(y - expected) <= np.maximum(2.5e-7 * np.abs(x), 1e-37)).all()
+    assert (y[-1] == [0, 0, 0, 1e4, 0, np.float32(3e38), y[-1, 6], y[-1, 7]]).all()
+
+
+def test_nan_stays_in_its_token():
+    case = next(case for case in EDGE_CASES if case.name == "odd")
+    x = np.random.default_rng(3).standard_normal((1, 20, 51)).astype(np.float32)
+    model = session(one_node_model(case.arrays()))
+    clean = model.run(None, {"X": x})[0]
+    x[0, 4, 10] = np.nan
+    y = model.run(None, {"X": x})[0]
+    assert np.isnan(y[0, 4]).any()
+    np.testing.assert_array_equal(np.delete(y, 4, axis=1), np.delete(clean, 4, axis=1))
+
+
+def test_one_session_serves_growing_and_shrinking_inputs_from_two_threads():
+    case = EDGE_CASES[0]
+    arrays = case.arrays()
+    model = session(one_node_model(arrays), threads=2)
+    rng = np.random.default_rng(4)
+    xs = [rng.standard_normal((1, t, 768)).astype(np.float32) for t in (1, 200, 3, 129, 64, 16, 150, 2)]
+    alone = [model.run(None, {"X": x})[0] for x in xs]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda x: model.run(None, {"X": x})[0], xs * 3))
+    for y, wanted in zip(together, alone * 3, strict=True):
+        np.testing.assert_array_equal(y, wanted)

@@ -1,0 +1,56 @@
+"""The native side by itself: what the library exports, how a tier is chosen, and our header against the official."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kernels import library_path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "kernels" / "csrc"
+
+
+def compile_cc(*arguments):
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        pytest.skip("no C++ compiler (set CXX)")
+    command = [compiler, "-std=c++17", f"-I{CSRC}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_exports_only_its_interface():
+    nm = shutil.which("nm")
+    if not nm:
+        pytest.skip("no nm (binutils)")
+    table = subprocess.run([nm, "-D", "--defined-only", library_path()], capture_output=True, text=True, check=True)
+    names = {line.split()[-1] for line in table.stdout.splitlines()}
+    assert "RegisterCustomOps" in names
+    assert all(name == "RegisterCustomOps" or name.startswith("dsformer_") for name in names)
+
+
+def test_needs_neither_onnxruntime_nor_openmp():
+    readelf = shutil.which("readelf")
+    if not readelf:
+        pytest.skip("no readelf (binutils)")
+    dynamic = subprocess.run([readelf, "-d", library_path()], capture_output=True, text=True, check=True).stdout
+    needed = [line for line in dynamic.splitlines() if "NEEDED" in line]
+    assert needed
+    assert not [line for line in needed if "onnxruntime" in line or "omp" in line]
+
+
+def test_choice_of_a_tier(tmp_path):
+    program = tmp_path / "dispatch_check"
+    compile_cc(HERE / "dispatch_check.cc", CSRC / "dispatch.cc", "-o", program)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_header_agrees_with_the_official_one():
+    include = os.environ.get("DSFORMER_ORT_INCLUDE_DIR")
+    if not include:
+        pytest.skip("DSFORMER_ORT_INCLUDE_DIR is not set (the folder of an official onnxruntime_c_api.h)")
+    compile_cc(f"-I{include}", "-fsyntax-only", HERE / "abi_check.cc")
