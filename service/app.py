@@ -4,7 +4,7 @@
     POST /variants/{variant}/classify|qa    the variant in the path
     GET  /livez /readyz /health /info /metrics /docs
 
-A request's way: http.py (id, size) -> schemas.py -> classify.py or qa.py (tokenize) -> engine.py -> model.py ->
+A request's way: edge.py (id, size) -> schemas.py -> classify.py or qa.py (tokenize) -> engine.py -> model.py ->
 classify.py or qa.py (decode) -> the answer with its timings. Inference never runs on the event loop.
 """
 
@@ -30,9 +30,9 @@ from starlette.exceptions import HTTPException
 import kernels
 from service import classify, errors, qa, registry
 from service.artifact import Task
+from service.edge import Observed, TaskRoute, log_failure
 from service.engine import Engine, Timings
 from service.errors import Invalid, Malformed, MethodNotAllowed, NotFound, NotReady, ServiceError, StartError
-from service.http import Observed, TaskRoute, log_failure
 from service.metrics import Metrics, version
 from service.model import RUNTIME_VERSION, Logits, OnnxModel
 from service.registry import Registry

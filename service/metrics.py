@@ -23,7 +23,7 @@ TOKENS = tuple(float(2**k) for k in range(2, 21))
 WINDOWS = tuple(float(2**k) for k in range(0, 11))
 
 STAGES = ("tokenize", "queue", "infer", "postprocess")
-OUTCOMES = ("ok", "invalid", "not_ready", "error")
+OUTCOMES = ("ok", "invalid", "cancelled", "not_ready", "error")
 # The variant of a request that was refused before it was known which one it asks for.
 NO_VARIANT = "none"
 
@@ -84,8 +84,8 @@ class Metrics:
         for task in TASKS:
             for variant in models.of_task(task):
                 self._init(task, variant)
-            self._requests.labels(task, NO_VARIANT, "invalid")
-            self._requests.labels(task, NO_VARIANT, "not_ready")
+            for outcome in ("invalid", "cancelled"):
+                self._requests.labels(task, NO_VARIANT, outcome)
             self._tokens.labels(task)
             self._truncated.labels(task)
         self._windows.labels("qa")

@@ -197,8 +197,8 @@ def log_sum_exp(parts: Sequence[npt.ArrayLike]) -> float:
 def to_answer(passage: Passage, span: Span, encoding: OffsetEncoding) -> dict[str, object]:
     if span.first == EMPTY:
         return {"answer": "", "score": span.score, "start": 0, "end": 0}
-    start = int(passage.tokens.offsets[span.first, 0])
-    end = with_marks(passage.context, int(passage.tokens.offsets[span.last, 1]))
+    start, _ = passage.tokens.span(span.first)
+    end = with_marks(passage.context, passage.tokens.span(span.last)[1])
     return {
         "answer": passage.context[start:end],
         "score": span.score,

@@ -33,15 +33,25 @@ class Row:
         return len(self.ids)
 
 
-@dataclass(frozen=True)
 class Tokens:
-    """One bare text."""
+    """One bare text: `ids` (T,), and where its tokens stand."""
 
-    ids: Ids  # (T,)
-    offsets: Ids  # (T, 2): first code point of each token, and one past its last
+    def __init__(self, encoding: Encoding) -> None:
+        self.ids: Ids = np.array(encoding.ids, dtype=np.int64)
+        self._encoding = encoding
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def span(self, token: int) -> tuple[int, int]:
+        """First code point of a token, and one past its last.
+
+        Asked one by one: as a list, the offsets of a megabyte of text hold the interpreter lock for long.
+        """
+        found = self._encoding.token_to_chars(token)
+        if found is None:
+            raise IndexError(f"token {token} of {len(self)} stands for no text")
+        return found
 
 
 @dataclass(frozen=True)
@@ -93,12 +103,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenize without special tokens. Lets other Python threads run meanwhile."""
-        return [tokens(e) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-
-
-def tokens(encoding: Encoding) -> Tokens:
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    return Tokens(np.array(encoding.ids, dtype=np.int64), offsets)
+        return [Tokens(e) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def frame(probe: Encoding) -> Frame:

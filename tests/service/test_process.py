@@ -115,6 +115,19 @@ def test_garbage_on_the_socket_does_not_stop_the_service(server: tuple[str, Path
     assert httpx.get(url + "/livez").status_code == 200
 
 
+def test_a_client_that_leaves_in_its_body_is_counted(server: tuple[str, Path]) -> None:
+    url, _ = server
+    host, port = url.removeprefix("http://").split(":")
+    head = b"POST /qa HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+    with socket.create_connection((host, int(port)), timeout=10) as s:
+        s.sendall(head)
+    counted = 'dsformer_requests_total{outcome="cancelled",task="qa",variant="none"} 1.0'
+    deadline = time.monotonic() + 20
+    while counted not in httpx.get(url + "/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_many_clients_get_their_own_answers(server: tuple[str, Path]) -> None:
     url, _ = server
     texts = [f"film {i} is {'good' if i % 3 else 'bad'}" for i in range(40)]

@@ -23,35 +23,36 @@ def fresh(models: Path, make_client: Callable[..., TestClient]) -> Iterator[Test
         yield client
 
 
-def sample(client: TestClient, name: str, **labels: str) -> float:
-    found = [
-        s.value
-        for family in parse(client.get("/metrics").text)
-        for s in family.samples
-        if s.name == name and s.labels == labels
-    ]
-    assert len(found) == 1, (name, labels, found)
-    return float(found[0])
+class Scrape:
+    """One reading of /metrics."""
+
+    def __init__(self, client: TestClient) -> None:
+        families = parse(client.get("/metrics").text)
+        self._values = {(s.name, frozenset(s.labels.items())): float(s.value) for f in families for s in f.samples}
+
+    def __call__(self, name: str, **labels: str) -> float:
+        return self._values[name, frozenset(labels.items())]
 
 
 def test_everything_exists_at_zero_before_the_first_request(fresh: TestClient) -> None:
+    sample = Scrape(fresh)
     for task in TASKS:
         for variant in VARIANTS:
             which = {"task": task, "variant": variant}
             for outcome in ("ok", "invalid", "not_ready", "error"):
-                assert sample(fresh, "dsformer_requests_total", outcome=outcome, **which) == 0
-            assert sample(fresh, "dsformer_request_duration_seconds_count", **which) == 0
+                assert sample("dsformer_requests_total", outcome=outcome, **which) == 0
+            assert sample("dsformer_request_duration_seconds_count", **which) == 0
             for stage in STAGES:
-                assert sample(fresh, "dsformer_stage_duration_seconds_count", stage=stage, **which) == 0
-            assert sample(fresh, "dsformer_model_ready", **which) == 1
-            assert sample(fresh, "dsformer_model_file_bytes", **which) > 10_000
-            assert sample(fresh, "dsformer_model_load_seconds", **which) > 0
-        assert sample(fresh, "dsformer_input_tokens_count", task=task) == 0
-        assert sample(fresh, "dsformer_truncated_inputs_total", task=task) == 0
-    assert sample(fresh, "dsformer_qa_windows_count", task="qa") == 0
-    assert sample(fresh, "process_resident_memory_bytes") > 1e6
+                assert sample("dsformer_stage_duration_seconds_count", stage=stage, **which) == 0
+            assert sample("dsformer_model_ready", **which) == 1
+            assert sample("dsformer_model_file_bytes", **which) > 10_000
+            assert sample("dsformer_model_load_seconds", **which) > 0
+        assert sample("dsformer_input_tokens_count", task=task) == 0
+        assert sample("dsformer_truncated_inputs_total", task=task) == 0
+    assert sample("dsformer_qa_windows_count", task="qa") == 0
+    assert sample("process_resident_memory_bytes") > 1e6
     labels = {"route": "/classify", "method": "POST", "code": "413"}
-    assert sample(fresh, "dsformer_http_responses_total", **labels) == 0
+    assert sample("dsformer_http_responses_total", **labels) == 0
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -60,21 +61,22 @@ def test_a_request_is_counted_once_where_it_belongs(fresh: TestClient, task: str
     inputs = "the film is good" if task == "classify" else QA
     response = fresh.post(f"/variants/{variant}/{task}", json={"inputs": inputs})
     assert response.status_code == 200
+    sample = Scrape(fresh)
     for t in TASKS:
         for v in VARIANTS:
             expected = float((t, v) == (task, variant))
             which = {"task": t, "variant": v}
-            assert sample(fresh, "dsformer_requests_total", outcome="ok", **which) == expected
-            assert sample(fresh, "dsformer_request_duration_seconds_count", **which) == expected
+            assert sample("dsformer_requests_total", outcome="ok", **which) == expected
+            assert sample("dsformer_request_duration_seconds_count", **which) == expected
             for stage in STAGES:
-                assert sample(fresh, "dsformer_stage_duration_seconds_count", stage=stage, **which) == expected
+                assert sample("dsformer_stage_duration_seconds_count", stage=stage, **which) == expected
     which = {"task": task, "variant": variant}
-    stages = sum(sample(fresh, "dsformer_stage_duration_seconds_sum", stage=s, **which) for s in STAGES)
-    assert 0 < stages <= sample(fresh, "dsformer_request_duration_seconds_sum", **which)
+    stages = sum(sample("dsformer_stage_duration_seconds_sum", stage=s, **which) for s in STAGES)
+    assert 0 < stages <= sample("dsformer_request_duration_seconds_sum", **which)
     tokens = int(response.headers["x-compute-tokens"])
-    assert sample(fresh, "dsformer_input_tokens_sum", task=task) == tokens
+    assert sample("dsformer_input_tokens_sum", task=task) == tokens
     route = {"route": f"/variants/{{variant}}/{task}", "method": "POST", "code": "200"}
-    assert sample(fresh, "dsformer_http_responses_total", **route) == 1
+    assert sample("dsformer_http_responses_total", **route) == 1
 
 
 def test_refused_requests(fresh: TestClient) -> None:
@@ -83,12 +85,13 @@ def test_refused_requests(fresh: TestClient) -> None:
     fresh.post("/variants/int4/classify", json={"inputs": "a"})
     fresh.post("/classify", content=b"{}")
     count = {"task": "classify", "outcome": "invalid"}
-    assert sample(fresh, "dsformer_requests_total", variant="none", **count) == 3
-    assert sample(fresh, "dsformer_requests_total", variant="dsformer", **count) == 1
-    assert sample(fresh, "dsformer_request_duration_seconds_count", task="classify", variant="dsformer") == 0
+    sample = Scrape(fresh)
+    assert sample("dsformer_requests_total", variant="none", **count) == 3
+    assert sample("dsformer_requests_total", variant="dsformer", **count) == 1
+    assert sample("dsformer_request_duration_seconds_count", task="classify", variant="dsformer") == 0
     for code, times in (("422", 2), ("415", 1)):
         labels = {"route": "/classify", "method": "POST", "code": code}
-        assert sample(fresh, "dsformer_http_responses_total", **labels) == times
+        assert sample("dsformer_http_responses_total", **labels) == times
 
 
 def test_made_up_paths_and_verbs_add_no_labels(fresh: TestClient) -> None:
@@ -100,13 +103,15 @@ def test_made_up_paths_and_verbs_add_no_labels(fresh: TestClient) -> None:
     assert "made" not in text
     assert "VERB" not in text
     assert "v1" not in {s.labels.get("variant") for f in parse(text) for s in f.samples}
-    assert sample(fresh, "dsformer_http_responses_total", route="unmatched", method="GET", code="404") == 5
+    sample = Scrape(fresh)
+    assert sample("dsformer_http_responses_total", route="unmatched", method="GET", code="404") == 5
 
 
 def test_truncation_is_counted(fresh: TestClient) -> None:
     body = {"inputs": ["a " * 400, "a", "a " * 300], "parameters": {"truncation": "left"}}
     fresh.post("/classify", json=body)
-    assert sample(fresh, "dsformer_truncated_inputs_total", task="classify") == 2
+    sample = Scrape(fresh)
+    assert sample("dsformer_truncated_inputs_total", task="classify") == 2
 
 
 def test_buckets_show_ratios(fresh: TestClient) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors
@@ -23,7 +24,9 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-OUTCOME_OF_STATUS = {503: "not_ready"}
+# No status is sent to a client that has gone; this number, nginx's, stands for it in the metrics and the log.
+CLIENT_GONE = 499
+OUTCOME_OF_STATUS = {CLIENT_GONE: "cancelled", 503: "not_ready"}
 # A client that is still sending when its connection closes may never read the 413, so a little more is read first.
 DRAIN_FACTOR = 8
 
@@ -54,6 +57,8 @@ class Observed:
         state["began"] = began
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = CLIENT_GONE
         except Exception as error:
             log_failure(error, request_id)
             if status:
