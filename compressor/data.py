@@ -1,18 +1,14 @@
 """Examples from files or the hub, features from examples, batches from features.
 
-Files: TSV (no quoting: one line a row, fields split by one tab), CSV (quoted as usual), JSON Lines and SQuAD
-JSON, each plain or gzip. Whatever is wrong with one becomes a `DataError`: a sentence with file and line.
+Files are TSV, CSV, JSON Lines (see `compressor.tables`) or SQuAD JSON. Whatever is wrong with one becomes a
+`DataError`: a sentence with file and line, or file and question.
 
 Features hold one window each, unpadded; `collate` pads a batch to its own longest window, and
 `length_bucketed_batches` keeps windows of like length together so that little of it is padding.
 """
 
-import csv
-import gzip
-import json
 import logging
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -20,6 +16,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from compressor.tables import DataError as DataError  # what load_examples raises
+from compressor.tables import Row, read_json, read_rows
 from compressor.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -29,21 +27,16 @@ Split = Literal["train", "validation"]
 Tokenizer: TypeAlias = Any
 # One window: input_ids and perhaps token_type_ids (int32 arrays), plus its target or its place in the text.
 Feature: TypeAlias = dict[str, Any]
-# Where a row stands ("train.tsv, line 7") and its fields.
-Row: TypeAlias = tuple[str, Mapping[str, Any]]
 
 TEXT_COLUMNS = ("text", "sentence", "sentence1")
 PAIR_COLUMNS = ("text_pair", "sentence2")
 LABEL_COLUMN = "label"
 
-# Tokenizing everything in one call would hold every window as Python integers at once: 4 GB for SQuAD.
+# Tokenizing everything in one call would hold every window as Python integers at once: gigabytes for SQuAD.
 _CHUNK = 1024
-# Windows of this many batches are sorted by length: wide enough to leave 2-3 % padding, narrow enough to mix.
+# Windows of this many batches are sorted by length: wide enough to leave 5 % padding (SST-2, SQuAD;
+# batches of 32), narrow enough to mix.
 _BUCKET_BATCHES = 50
-
-
-class DataError(ValueError):
-    """A data file cannot be used; the message says which, where and why."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ def load_examples(
     files = [own_file] if own_file else data_files(task, split, data_dir) if data_dir else []
     examples: list[Example] = []
     if task.kind == "qa":
-        documents = [(str(file), _read_json(file)) for file in files] or [_hub_squad(task, split)]
+        documents = [(str(file), read_json(file)) for file in files] or [_hub_squad(task, split)]
         for name, document in documents:
             examples += _qa_examples(document, name, keep_inferred or split == "validation")
     else:
@@ -270,95 +263,6 @@ def _qa_example(where: str, context: str, qa: dict[str, Any], answers: list[dict
             raise DataError(f"{where}: the answer {text!r} does not stand at its answer_start {start}.")
         pairs.append((start, text))
     return QAExample(qa["id"], question, context, tuple(pairs), is_impossible)
-
-
-# --- file formats -------------------------------------------------------------------------------------------
-
-
-def read_rows(file: Path) -> Iterator[Row]:
-    """The rows of a TSV, CSV or JSON Lines file, told apart by the suffix (before .gz)."""
-    readers = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows}
-    suffix = Path(file.name.removesuffix(".gz")).suffix
-    if suffix not in readers:
-        raise DataError(f"{file}: the name must end in {', '.join(readers)} (and perhaps .gz).")
-    n_rows = 0
-    for row in readers[suffix](file):
-        n_rows += 1
-        yield row
-    if not n_rows:
-        raise DataError(f"{file}: the file holds no rows.")
-
-
-def _lines(file: Path, newline: str) -> Iterator[str]:
-    """Decoded lines with their line ends; every way of failing to read is a DataError."""
-    opener = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8-sig", newline=newline) as lines:
-            yield from lines
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason}).") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-
-
-def _tsv_rows(file: Path) -> Iterator[Row]:
-    # newline="\n": sentences may hold other characters that Python would take for line ends.
-    fields = ((line.rstrip("\r\n").split("\t")) for line in _lines(file, "\n"))
-    return _table_rows(file, enumerate(fields, start=1))
-
-
-def _csv_rows(file: Path) -> Iterator[Row]:
-    reader = csv.reader(_lines(file, ""), strict=True)
-
-    def numbered() -> Iterator[tuple[int, list[str]]]:
-        try:
-            for fields in reader:
-                yield reader.line_num, fields
-        except csv.Error as error:
-            raise DataError(f"{file}, line {reader.line_num}: not CSV ({error}).") from error
-
-    return _table_rows(file, numbered())
-
-
-def _table_rows(file: Path, numbered_fields: Iterable[tuple[int, list[str]]]) -> Iterator[Row]:
-    header: list[str] | None = None
-    for number, fields in numbered_fields:
-        where = f"{file}, line {number}"
-        if not any(text.strip() for text in fields):
-            raise DataError(f"{where}: the row is empty.")
-        if header is None:
-            header = [name.strip() for name in fields]
-            if len(set(header)) < len(header):
-                raise DataError(f"{where}: a column name occurs twice in {', '.join(header)}.")
-            continue
-        if len(fields) != len(header):
-            raise DataError(f"{where}: {len(fields)} fields, but the header has {len(header)} columns.")
-        yield where, dict(zip(header, fields, strict=True))
-
-
-def _jsonl_rows(file: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(file, "\n"), start=1):
-        where = f"{file}, line {number}"
-        if not line.strip():
-            raise DataError(f"{where}: the row is empty.")
-        row = _parse_json(where, line)
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object.")
-        yield where, row
-
-
-def _read_json(file: Path) -> Any:
-    text = "".join(_lines(file, ""))
-    if not text.strip():
-        raise DataError(f"{file}: the file is empty.")
-    return _parse_json(str(file), text)
-
-
-def _parse_json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}).") from error
 
 
 # --- the hub ------------------------------------------------------------------------------------------------
