@@ -137,7 +137,7 @@ def _rows_as_atoms(targets: Tensor, n_atoms: int, generator: torch.Generator) ->
 
 
 def _normalised(dictionary: Tensor) -> Tensor:
-    return dictionary / dictionary.norm(dim=2, keepdim=True).clamp_min(1e-12)
+    return torch.nn.functional.normalize(dictionary, dim=2)
 
 
 def _mod(targets: Tensor, dictionary: Tensor, codes: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _MIN_PIVOT = 1e-6
 
 def blocks(weight: Tensor, block_size: int) -> Tensor:
     """(M, N) → (N/B, M, B), a view."""
-    return weight.unflatten(1, (-1, block_size)).transpose(0, 1)
+    return weight.reshape(weight.shape[0], -1, block_size).transpose(0, 1)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[..., No
         task = bar.add_task(title, total=total, completed=done, note="")
 
         def advance(note: str = "") -> None:
-            bar.update(task, advance=1, **({"note": note} if note else {}))
+            bar.update(task, advance=1, note=note)
 
         yield advance
 

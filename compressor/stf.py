@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from compressor.config import CompressionConfig, ConfigError, KSVDConfig, LayerPlan, Schedule
 from compressor.ksvd import Factorization, factorize
-from compressor.omp import dense_codes, reconstruct, refit, sparse_code
+from compressor.omp import blocks, dense_codes, reconstruct, refit, sparse_code
 from compressor.progress import progress
 
 
@@ -43,12 +43,12 @@ class _StraightThrough(torch.autograd.Function):
         return product
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.collect or not ctx.needs_input_grad[1]:
             return gradient, None, None, None, None
         weight, product, indices, values = ctx.saved_tensors
         codes = dense_codes(indices, values, ctx.n_atoms)
-        error = (product - weight).unflatten(1, (-1, ctx.block_size)).transpose(0, 1)
+        error = blocks(product - weight, ctx.block_size)
         return gradient, codes.transpose(1, 2) @ error, None, None, None
 
 
@@ -69,8 +69,9 @@ class FactorizedStack(nn.Module):
         self.values = nn.Parameter(start.values.clone(), requires_grad=False)
         self.register_buffer("indices", start.indices.clone())
         self.frozen = False
-        # Set by the training loop: only the first micro-batch of an optimiser step collects grad D.
-        self.collect_dictionary_gradient = True
+        # Rows whose part of grad D was asked for since the last coding. There is one coding an optimiser step, so
+        # micro-batches and layers that share their weights (ALBERT) do not count it twice.
+        self._collected: set[int] = set()
 
     def freeze_supports(self) -> None:
         """From here on D and the values are trained by their true gradients (FT-F-FT)."""
@@ -81,8 +82,9 @@ class FactorizedStack(nn.Module):
     def code(self, weight: Tensor, *, afresh: bool = True) -> float:
         """New codes of the stacked ``weight`` (M, N); ``afresh=False`` keeps the supports and re-solves values.
 
-        Returns the share of support entries that changed.
+        Returns the share of support entries that changed. Call it once an optimiser step, before the forward pass.
         """
+        self._collected.clear()
         norms = self.dictionary.norm(dim=2, keepdim=True).clamp_min(1e-12)
         self.dictionary.div_(norms)
         if not afresh:
@@ -105,9 +107,14 @@ class FactorizedStack(nn.Module):
         indices, values = self.indices[:, start:stop], self.values[:, start:stop]
         if self.frozen:
             return reconstruct(self.dictionary, indices, values)
-        product: Tensor = _StraightThrough.apply(
-            weight, self.dictionary, indices, values, self.collect_dictionary_gradient
-        )
+        collect = torch.is_grad_enabled() and start not in self._collected
+        if collect:
+            self._collected.add(start)
+        # Dictionaries keep float32 under autocast: their gradient is a small difference of large numbers.
+        with torch.autocast(weight.device.type, enabled=False):
+            product: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+                weight, self.dictionary, indices, values, collect
+            )
         return product
 
 

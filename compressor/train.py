@@ -131,7 +131,7 @@ class _Loop:
             raise TrainingError(
                 f"the loss became {value} at step {self.step}; lower the learning rate or check the data"
             )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         for parameters in (self.weights, self.dictionaries):
             nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         self.optimizer.step()
@@ -244,7 +244,9 @@ def distillation_loss(outputs: Any, soft: Any, batch: dict[str, Tensor], task: T
     return torch.stack(losses).mean() * temperature**2
 
 
-def _parameter_groups(model: nn.Module, config: TrainConfig) -> tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]:
+def _parameter_groups(
+    model: nn.Module, config: TrainConfig
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[dict[str, Any]]]:
     """Weights, dictionaries, and the optimiser's groups: decay on matrices of the task alone."""
     stacks = stacks_of(model)
     frozen = any(stack.frozen for stack in stacks)
@@ -275,7 +277,7 @@ def set_dropout(model: nn.Module, share: float) -> None:
         if isinstance(module, nn.Dropout):
             module.p = share
         if hasattr(module, "dropout_prob"):
-            module.dropout_prob = share
+            module.dropout_prob = share  # type: ignore[assignment]
 
 
 def _use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
@@ -284,5 +286,6 @@ def _use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     # Without native instructions PyTorch emulates bfloat16, which is slower than float32.
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(probe is not None and probe() for probe in probes)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native: bool = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return native

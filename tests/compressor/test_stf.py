@@ -61,13 +61,20 @@ def test_dictionary_gradient_is_that_of_half_the_squared_error(model: BertForSeq
     torch.testing.assert_close(stack.dictionary.grad, free.grad)
 
 
-def test_dictionary_gradient_is_collected_only_when_asked(model: BertForSequenceClassification) -> None:
-    stacks = factorize_model(model, CONFIG, KSVDConfig(1))
-    for stack in stacks:
-        stack.collect_dictionary_gradient = False
+def test_dictionary_gradient_is_collected_once_a_step(model: BertForSequenceClassification) -> None:
+    """Two micro-batches after one coding give grad W twice and grad D once; so do no-grad passes between them."""
+    stack = factorize_model(model, CONFIG, KSVDConfig(1))[0]
+    with torch.no_grad():
+        model(**inputs())
     model(**inputs()).logits.sum().backward()
-    assert all(stack.dictionary.grad is None or not stack.dictionary.grad.any() for stack in stacks)
-    assert stacked_weight(model, stacks[0].names).requires_grad
+    once = stack.dictionary.grad.clone()
+    straight = model.get_submodule(stack.names[0]).weight.grad.clone()
+    model(**inputs()).logits.sum().backward()
+    torch.testing.assert_close(stack.dictionary.grad, once)
+    torch.testing.assert_close(model.get_submodule(stack.names[0]).weight.grad, 2 * straight)
+    code_model(model, afresh=False)
+    model(**inputs()).logits.sum().backward()
+    torch.testing.assert_close(stack.dictionary.grad, 2 * once, rtol=1e-3, atol=1e-5)
 
 
 def test_coding_afresh_follows_the_weights_and_refit_keeps_supports(model: BertForSequenceClassification) -> None:

@@ -110,9 +110,7 @@ def wait_for_address(process: subprocess.Popen[str]) -> str:
 
 
 def post(address: str, route: str, body: Any) -> Any:
-    request = urllib.request.Request(
-        address + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(address + route, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
 
