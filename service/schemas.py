@@ -134,7 +134,10 @@ class QaParameters(Strict):
         description="Tokens of one window, question included. Null: 384 or the model's limit.",
     )
     max_question_len: int = Field(
-        default=64, ge=1, strict=True, description="A longer question is cut to this many tokens."
+        default=64,
+        ge=1,
+        strict=True,
+        description="A longer question is cut to this many tokens, and X-Truncated counts it.",
     )
     handle_impossible_answer: bool = Field(
         default=False, strict=True, description="Allow the empty answer where it scores best."

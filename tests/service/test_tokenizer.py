@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import pre_tokenizers, processors
+from tokenizers.models import BPE
 
 from service.tokenizer import Tokenizer, cut_pair
 
@@ -44,6 +46,22 @@ def test_pair(path: Path, oracle: HfTokenizer, text: str) -> None:
     row, expected = tokenizer.pair.join(a.ids, b.ids), oracle.encode(TEXTS[0], text)
     assert row.ids.tolist() == expected.ids
     assert row.type_ids.tolist() == expected.type_ids
+
+
+def test_two_separators_and_trimmed_offsets_as_roberta_has_them(tmp_path: Path) -> None:
+    alphabet = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = HfTokenizer(BPE({token: i for i, token in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=True)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    a, b = tokenizer.encode(["who is", "a 🎬 b"])
+    expected = made.encode("who is", "a 🎬 b")
+    assert tokenizer.pair.join(a.ids, b.ids).ids.tolist() == expected.ids
+    assert tokenizer.pair.join(a.ids, b.ids).type_ids.tolist() == expected.type_ids
+    assert tokenizer.single.join(b.ids).ids.tolist() == made.encode("a 🎬 b").ids
+    offsets = [pair for pair, sequence in zip(expected.offsets, expected.sequence_ids, strict=True) if sequence == 1]
+    assert [b.span(i) for i in range(len(b))] == offsets
 
 
 @given(a=st.integers(1, 60), b=st.integers(1, 60), room=st.integers(2, 80))
