@@ -57,7 +57,7 @@ EDGE_TOKENS = ((1, 1), (1, 15), (1, 16), (1, 17), (2, 24), (1, 63), (1, 65), (3,
 
 # More tokens than a call keeps in scratch at once.
 GROUPS_CASE = Case("several-groups", 12, 64, 384, 20, 3)
-GROUPS_TOKENS = ((1, 700),)
+GROUPS_TOKENS = ((1, 200),)
 
 # Layers of real models at the presets, for benchmarks; 128 tokens is the usual length.
 BENCH_CASES = (

@@ -8,9 +8,9 @@
 namespace dsformer {
 namespace {
 
-// Scratch of one group of tiles: a few tiles of the largest BERT layer, so that every thread has work, and not so
-// much that a large batch needs memory in proportion.
-constexpr int64_t kGroupFloats = int64_t{2} << 20;
+// Scratch of one group of tiles: 1 MiB, so that what the dense phase writes is still in L2 for the sparse one, and a
+// large batch needs no memory in proportion. One tile has tasks enough for some threads.
+constexpr int64_t kGroupFloats = int64_t{1} << 18;
 // Tasks a sparse phase should have, so that a pool of some threads balances; and the rows below which a task no longer
 // pays for bringing the products of a block into L1.
 constexpr int64_t kWantedTasks = 16;
@@ -50,9 +50,8 @@ struct Group {
     const int64_t first = i * plan.tile_tokens;
     const int64_t count = std::min(plan.tile_tokens, tokens - first);
     const int64_t pitch = round_up(count, tier.lanes);
-    float* x_t = scratch + i * plan.tile_floats;
-    return {x + first * layer.in_features, y + first * layer.out_features, count, pitch, x_t,
-            x_t + layer.in_features * pitch};
+    return {x + first * layer.in_features, y + first * layer.out_features, count, pitch,
+            scratch + i * plan.tile_floats};
   }
 };
 
@@ -76,7 +75,7 @@ Plan make_plan(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) 
   Plan plan;
   plan.tile_tokens = tile_tokens(layer, tier, tokens);
   const int64_t n_tiles = round_up(tokens, plan.tile_tokens) / plan.tile_tokens;
-  plan.tile_floats = (layer.in_features + layer.n_blocks * layer.n_atoms) * plan.tile_tokens;
+  plan.tile_floats = layer.n_blocks * layer.n_atoms * plan.tile_tokens;
   plan.group_tiles = std::clamp<int64_t>(kGroupFloats / plan.tile_floats, 1, n_tiles);
   plan.scratch_floats = plan.group_tiles * plan.tile_floats;
 

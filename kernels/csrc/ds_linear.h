@@ -2,7 +2,7 @@
 //
 // Work is cut into tiles of tokens, and lanes of a vector are tokens: a nonzero of S then costs one broadcast and
 // plain vector loads, with no gather. Two phases, each a set of independent tasks:
-//   dense   (tile, block):        products_i = D_i x_i, after transposing the tile's part of X;
+//   dense   (tile, block):         products_i = D_i x_i, after transposing the tile's part of X;
 //   sparse  (tile, chunk of rows): all blocks' S_i products_i, bias, activation, transposed back into Y.
 // FORMAT.md has the layouts and the reasons for the tile sizes.
 //
@@ -35,13 +35,12 @@ struct DsLinear {
   const float* bias;       // (M) or null
 };
 
-// Consecutive tokens and their scratch. Lanes from `tokens` up to `pitch` are zero in x_t.
+// Consecutive tokens and their scratch. Lanes from `tokens` up to `pitch` hold products of zeros.
 struct Tile {
   const float* x;   // (tokens, N)
   float* y;         // (tokens, M)
   int64_t tokens;
   int64_t pitch;    // tokens rounded up to the tier's lanes, at most kMaxTileTokens
-  float* x_t;       // (N, pitch)
   float* products;  // (N/B, K, pitch)
 };
 

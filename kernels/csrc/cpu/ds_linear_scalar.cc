@@ -38,18 +38,15 @@ void add_scaled(float* __restrict sum, float scale, const float* __restrict row,
 }
 
 void dense(const DsLinear& layer, const Tile& tile, int64_t block) {
-  const int64_t first = block * layer.width;
-  for (int64_t b = first; b < first + layer.width; ++b) {
-    float* lanes = tile.x_t + b * tile.pitch;
-    for (int64_t t = 0; t < tile.pitch; ++t) lanes[t] = t < tile.tokens ? tile.x[t * layer.in_features + b] : 0.0f;
-  }
-  for (int64_t k = 0; k < layer.n_atoms; ++k) {
-    const int64_t atom = block * layer.n_atoms + k;
-    float* product = tile.products + atom * tile.pitch;
-    std::memset(product, 0, tile.pitch * sizeof(float));
-    for (int64_t b = 0; b < layer.width; ++b) {
-      add_scaled(product, read_float(layer.dictionary, layer.half, atom * layer.width + b),
-                 tile.x_t + (first + b) * tile.pitch, tile.pitch);
+  const int64_t first_atom = block * layer.n_atoms;
+  float* products = tile.products + first_atom * tile.pitch;
+  std::memset(products, 0, layer.n_atoms * tile.pitch * sizeof(float));
+  for (int64_t b = 0; b < layer.width; ++b) {
+    float column[kMaxTileTokens] = {};
+    for (int64_t t = 0; t < tile.tokens; ++t) column[t] = tile.x[t * layer.in_features + block * layer.width + b];
+    for (int64_t k = 0; k < layer.n_atoms; ++k) {
+      const float atom = read_float(layer.dictionary, layer.half, (first_atom + k) * layer.width + b);
+      add_scaled(products + k * tile.pitch, atom, column, tile.pitch);
     }
   }
 }
