@@ -284,8 +284,7 @@ def _use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
     if config.precision != "auto":
         return config.precision == "bfloat16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     # Without native instructions PyTorch emulates bfloat16, which is slower than float32.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native: bool = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return native
+    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)

@@ -130,9 +130,14 @@ def test_failed_saves_leave_the_old_content(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with replaced_folder(target) as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(SaveError, match="untouched"), replaced_folder(target) as folder:
-        (folder / "a").write_text("new")
-        raise OSError(28, "No space left on device")
+
+    def write_to_a_full_disk() -> None:
+        with replaced_folder(target) as folder:
+            (folder / "a").write_text("new")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(SaveError, match="untouched"):
+        write_to_a_full_disk()
     assert (target / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -8,10 +8,14 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, PreTrainedTokenizerFast
 
-WORDS = (
-    "a the film movie was is good bad great awful fine dull plot actor story and but not very so who what where "
-    "when won lost city river king queen lived in on of paris rome ."
-).split()
+# fmt: off
+WORDS = [
+    "a", "the", "film", "movie", "was", "is", "good", "bad", "great", "awful", "fine", "dull",
+    "plot", "actor", "story", "and", "but", "not", "very", "so", "who", "what", "where", "when",
+    "won", "lost", "city", "river", "king", "queen", "lived", "in", "on", "of", "paris", "rome",
+    ".",
+]
+# fmt: on
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
