@@ -11,9 +11,12 @@ namespace {
 // Scratch of one group of tiles: 1 MiB, so that what the dense phase writes is still in L2 for the sparse one, and a
 // large batch needs no memory in proportion. One tile has tasks enough for some threads.
 constexpr int64_t kGroupFloats = int64_t{1} << 18;
-// Tasks a sparse phase should have, so that a pool of some threads balances; and the rows below which a task no longer
-// pays for bringing the products of a block into L1.
+// Two vectors of the widest tier: with one, a nonzero's index and value cost more than its product.
+constexpr int64_t kMinTileTokens = 32;
+// Tasks a sparse phase should have, so that a pool of some threads balances.
 constexpr int64_t kWantedTasks = 16;
+// Least use of a row of products in a chunk of output rows, to pay for bringing it into L1; and the least rows.
+constexpr int64_t kMinUses = 8;
 constexpr int64_t kMinChunkRows = 64;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -29,10 +32,10 @@ int64_t l1_floats() {
   return floats;
 }
 
-// The tile rule of FORMAT.md: products of one block (K x tile) fit L1, but never fewer than two vectors.
+// The tile rule of FORMAT.md: the products of one block (K x tile) take at most 1.5 times L1.
 int64_t tile_tokens(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
-  const int64_t fitting = l1_floats() / layer.n_atoms / tier.lanes * tier.lanes;
-  const int64_t tile = std::clamp(fitting, std::max<int64_t>(32, tier.lanes), kMaxTileTokens);
+  const int64_t fitting = 3 * l1_floats() / (2 * layer.n_atoms) / tier.lanes * tier.lanes;
+  const int64_t tile = std::clamp(fitting, kMinTileTokens, kMaxTileTokens);
   return std::min(tile, round_up(tokens, tier.lanes));
 }
 
@@ -50,8 +53,9 @@ struct Group {
     const int64_t first = i * plan.tile_tokens;
     const int64_t count = std::min(plan.tile_tokens, tokens - first);
     const int64_t pitch = round_up(count, tier.lanes);
+    float* products = scratch + i * plan.tile_floats;
     return {x + first * layer.in_features, y + first * layer.out_features, count, pitch,
-            scratch + i * plan.tile_floats};
+            products, products + layer.n_blocks * layer.n_atoms * pitch};
   }
 };
 
@@ -75,13 +79,14 @@ Plan make_plan(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) 
   Plan plan;
   plan.tile_tokens = tile_tokens(layer, tier, tokens);
   const int64_t n_tiles = round_up(tokens, plan.tile_tokens) / plan.tile_tokens;
-  plan.tile_floats = layer.n_blocks * layer.n_atoms * plan.tile_tokens;
+  plan.tile_floats = (layer.n_blocks * layer.n_atoms + layer.out_features) * plan.tile_tokens;
   plan.group_tiles = std::clamp<int64_t>(kGroupFloats / plan.tile_floats, 1, n_tiles);
   plan.scratch_floats = plan.group_tiles * plan.tile_floats;
 
   const int64_t wanted_chunks = round_up(kWantedTasks, plan.group_tiles) / plan.group_tiles;
-  const int64_t rows = round_up((layer.out_features + wanted_chunks - 1) / wanted_chunks, 16);
-  plan.chunk_rows = std::clamp(rows, kMinChunkRows, kChunkFloats / plan.tile_tokens);
+  const int64_t rows = (layer.out_features + wanted_chunks - 1) / wanted_chunks;
+  const int64_t paying_rows = kMinUses * layer.n_atoms / layer.n_nonzero;
+  plan.chunk_rows = round_up(std::max({rows, paying_rows, kMinChunkRows}), 16);
   return plan;
 }
 

@@ -15,8 +15,6 @@ namespace dsformer {
 
 // Most tokens in a tile: four AVX-512 vectors, enough independent FMA chains with two rows in flight.
 constexpr int64_t kMaxTileTokens = 64;
-// Floats of a sparse task's output chunk (rows x tile tokens): 32 KiB on the stack, streamed from L2.
-constexpr int64_t kChunkFloats = 8192;
 
 // A layer's weights, used where ONNX Runtime keeps them.
 struct DsLinear {
@@ -42,12 +40,13 @@ struct Tile {
   int64_t tokens;
   int64_t pitch;    // tokens rounded up to the tier's lanes, at most kMaxTileTokens
   float* products;  // (N/B, K, pitch)
+  float* sums;      // (M, pitch)
 };
 
 struct DsLinearTier {
   int64_t lanes;  // tokens per vector
   void (*dense)(const DsLinear& layer, const Tile& tile, int64_t block);
-  // Rows [first, first + count) of the output; count * pitch <= kChunkFloats.
+  // Rows [first, first + count) of the output.
   void (*sparse)(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count);
 };
 
