@@ -48,7 +48,8 @@ class DsformerSection(BaseModel):
 class Config(BaseModel):
     """The part of config.json that the service reads."""
 
-    model_config = ConfigDict(extra="ignore")
+    # model_type is Hugging Face's name; pydantic before 2.10 would warn of it.
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     dsformer: DsformerSection
     model_type: str = "bert"
