@@ -175,7 +175,7 @@ class TrainConfig:
 class KSVDConfig:
     """The single-shot factorization: ``iterations`` sweeps of coding and dictionary update."""
 
-    iterations: int = 15
+    iterations: int = 50
     update: Literal["auto", "mod", "ksvd"] = "mod"
     seed: int = 0
     roles: tuple[str, ...] = field(default=ROLES)

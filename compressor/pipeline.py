@@ -38,7 +38,7 @@ from compressor.export import Storage, export
 from compressor.files import replace_file
 from compressor.ksvd import factorize, relative_error, svd_error
 from compressor.progress import progress
-from compressor.stf import factorize_model, head_size, is_frozen, plan_model, stacked_weight
+from compressor.stf import StackSpec, factorize_model, head_size, is_frozen, plan_model, stacked_weight
 from compressor.tasks import Task, find_task
 from compressor.train import train
 
@@ -333,19 +333,25 @@ def error_table(source: str, task: str, compression: CompressionConfig, ksvd: KS
             sparse = relative_error(weight, factorize(weight, plan, ksvd).dense())
             rows.append(
                 {
-                    "matrix": spec.names[0],
+                    "matrix": _short_name(spec),
                     "shape": f"{plan.out_features}x{plan.in_features}",
-                    "ratio": 1 / plan.inverse_ratio,
-                    "atoms": plan.n_atoms,
-                    "nonzeros": plan.n_nonzero,
+                    "CR": 1 / plan.inverse_ratio,
+                    "K": plan.n_atoms,
+                    "S": plan.n_nonzero,
                     "rank": rank,
-                    "svd_error": low_rank,
-                    "ds_error": sparse,
-                    "ds_over_svd": sparse / low_rank if low_rank else math.nan,
+                    "SVD": low_rank,
+                    "DS": sparse,
+                    "DS/SVD": sparse / low_rank if low_rank else math.nan,
                 }
             )
             advance()
     return rows
+
+
+def _short_name(spec: StackSpec) -> str:
+    """``4.attention_output`` for the fourth layer's; where layers are shared, the role alone."""
+    number = next((part for part in spec.names[0].split(".") if part.isdigit()), "")
+    return f"{number}.{spec.role}".lstrip(".")
 
 
 def versions() -> dict[str, str]:
