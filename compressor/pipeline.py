@@ -32,7 +32,7 @@ from compressor.config import (
     TrainConfig,
     compression_ratio,
 )
-from compressor.data import Example, Feature, classify_features, complete_task, load_examples, qa_features
+from compressor.data import Example, Feature, classify_features, complete_task, data_files, load_examples, qa_features
 from compressor.evaluate import evaluate_folder, evaluate_model
 from compressor.export import Storage, export
 from compressor.files import replace_file
@@ -372,8 +372,24 @@ def _texts(validation: Sequence[Example]) -> list[Any]:
 
 
 def _digest(*values: Any) -> str:
-    """Eight characters that name a stage's settings."""
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
+    """Eight characters that name a stage: its settings, and the state of every file or folder among them."""
+    states = [_state(path) for value in values for path in _paths(value)]
+    return hashlib.sha256(repr((values, states)).encode()).hexdigest()[:8]
+
+
+def _paths(value: Any) -> list[Path]:
+    """The files a setting names: a model's folder, the user's own files; a hub id names none."""
+    if isinstance(value, Data):
+        task = find_task(value.task)
+        own = [path for path in (value.train_file, value.validation_file) if path]
+        shared = data_files(task, "train", value.folder) if value.folder and not own else []
+        return own + shared
+    return sorted(Path(value).iterdir()) if isinstance(value, str) and Path(value).is_dir() else []
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    found = path.stat()
+    return path.name, found.st_size, found.st_mtime_ns
 
 
 def _beside(folder: Path, name: str) -> Path:
