@@ -17,14 +17,16 @@ class SaveError(RuntimeError):
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that takes ``target``'s place when the block ends well.
 
-    A full disk or any other error removes the sibling and leaves ``target`` as it was; a kill can at worst leave
-    the sibling, whose name starts with a dot.
+    A full disk or any other error removes the sibling and leaves ``target`` as it was. A kill between the two
+    renames at the end leaves it under a name that starts with a dot; the next call puts it back.
     """
     target = Path(os.path.abspath(target))
     fresh = target.with_name(f".{target.name}.new")
     old = target.with_name(f".{target.name}.old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         yield fresh

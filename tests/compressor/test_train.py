@@ -141,6 +141,11 @@ def test_failed_saves_leave_the_old_content(tmp_path: Path) -> None:
     assert (target / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
+    target.rename(tmp_path / ".model.old")  # what a kill between the two renames leaves
+    with pytest.raises(SaveError, match="untouched"):
+        write_to_a_full_disk()
+    assert (target / "a").read_text() == "old"
+
     file = tmp_path / "file"
     replace_file(file, b"old")
     full = Path("/dev/full")
