@@ -39,6 +39,7 @@ class Factorization:
         return reconstruct(self.dictionary, self.indices, self.values)
 
 
+@torch.no_grad()
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """‖W − Ŵ‖_F / ‖W‖_F (0 for a zero matrix)."""
     scale = weight.norm()
