@@ -7,7 +7,7 @@ each block becomes K = γ·M atoms and S = δ·B nonzeros a row (section 4.1 of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -178,7 +178,6 @@ class KSVDConfig:
     iterations: int = 50
     update: Literal["auto", "mod", "ksvd"] = "mod"
     seed: int = 0
-    roles: tuple[str, ...] = field(default=ROLES)
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
