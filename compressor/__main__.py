@@ -17,7 +17,7 @@ from compressor.config import CompressionConfig, ConfigError, KSVDConfig, TrainC
 from compressor.data import DataError
 from compressor.files import SaveError
 from compressor.progress import console
-from compressor.tasks import UnknownTaskError
+from compressor.tasks import UnknownTaskError, find_task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 stdout = Console()
@@ -83,8 +83,6 @@ def _data(task: str, data: Path | None, train_file: Path | None, validation_file
 
 
 def _length(length: int, task: str) -> int:
-    from compressor.tasks import find_task
-
     return length or (384 if find_task(task).kind == "qa" else 128)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
-from compressor.config import ConfigError, LayerPlan
+from compressor.config import ConfigError
 from compressor.export import Factors
 from compressor.files import replaced_folder
 from compressor.stf import materialize, stacks_of
@@ -49,7 +50,7 @@ class Checkpoint:
 
     model: Any
     tokenizer: Any
-    factors: list[tuple[Factors, LayerPlan]]
+    factors: list[Factors]
     record: Record | None
 
 
@@ -89,7 +90,7 @@ def save(target: Path, model: Any, tokenizer: Any, record: Record) -> None:
     """Write a checkpoint folder; a factorized model is turned into plain layers that hold S·D (in place)."""
     tensors, names = {}, []
     for i, stack in enumerate(stacks_of(model)):
-        names.append({"names": list(stack.names), "plan": asdict(stack.plan)})
+        names.append(list(stack.names))
         tensors[f"{i}.dictionary"] = stack.dictionary.detach().contiguous().cpu()
         tensors[f"{i}.indices"] = stack.indices.to(torch.int32).contiguous().cpu()
         tensors[f"{i}.values"] = stack.values.detach().contiguous().cpu()
@@ -98,33 +99,23 @@ def save(target: Path, model: Any, tokenizer: Any, record: Record) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if tensors:
-            save_file(tensors, str(folder / FACTORS), metadata={"stacks": json.dumps(names)})
+            save_file(tensors, str(folder / FACTORS), metadata={"members": json.dumps(names)})
         (folder / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
 
 
-def load_factors(folder: Path) -> list[tuple[Factors, LayerPlan]]:
+def load_factors(folder: Path) -> list[Factors]:
     """The factors of a compressed checkpoint; empty for a dense one."""
     path = folder / FACTORS
     if not path.is_file():
         return []
-    from safetensors import safe_open
-
     try:
-        with safe_open(str(path), "pt") as file:
-            stacks = json.loads(file.metadata()["stacks"])
-        tensors = load_file(str(path))
-        return [
-            (
+        with safe_open(str(path), "np") as file:
+            return [
                 Factors(
-                    tuple(stack["names"]),
-                    tensors[f"{i}.dictionary"].numpy(),
-                    tensors[f"{i}.indices"].numpy(),
-                    tensors[f"{i}.values"].numpy(),
-                ),
-                LayerPlan(**stack["plan"]),
-            )
-            for i, stack in enumerate(stacks)
-        ]
+                    tuple(members), *(file.get_tensor(f"{i}.{part}") for part in ("dictionary", "indices", "values"))
+                )
+                for i, members in enumerate(json.loads(file.metadata()["members"]))
+            ]
     except Exception as error:
         raise ConfigError(f"{path} is broken: {_first_line(error)}; compress the model again") from error
 

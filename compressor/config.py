@@ -7,7 +7,7 @@ each block becomes K = γ·M atoms and S = δ·B nonzeros a row (section 4.1 of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -166,9 +166,6 @@ class TrainConfig:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
-
-    def without_distillation(self) -> TrainConfig:
-        return replace(self, distill_weight=0.0, hidden_weight=0.0)
 
 
 @dataclass(frozen=True)

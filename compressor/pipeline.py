@@ -8,6 +8,7 @@ run        all of them, and the measured card
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -38,7 +39,7 @@ from compressor.export import Storage, export
 from compressor.files import replace_file
 from compressor.ksvd import factorize, relative_error, svd_error
 from compressor.progress import progress
-from compressor.stf import StackSpec, factorize_model, head_size, is_frozen, plan_model, stacked_weight
+from compressor.stf import StackSpec, factorize_model, head_size, plan_model, stacked_weight
 from compressor.tasks import Task, find_task
 from compressor.train import train
 
@@ -116,7 +117,7 @@ def finetune(
         model,
         features,
         task,
-        config.without_distillation(),
+        config,
         pad_id=loaded.tokenizer.pad_token_id,
         checkpoint=_beside(output, "training.pt"),
         resume=resume,
@@ -132,11 +133,7 @@ def finetune(
         versions=versions(),
         extra={"train_rows": len(training), "validation_rows": len(validation), "steps": result.steps},
     )
-    if measure:
-        record.metrics = evaluate_model(model, loaded.tokenizer, task, validation)
-    checkpoint.save(output, model, loaded.tokenizer, record)
-    _beside(output, "training.pt").unlink(missing_ok=True)
-    return record
+    return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record)
 
 
 def compress(
@@ -159,16 +156,16 @@ def compress(
     training, validation = data.examples(task, config.seed)
     model = loaded.model.to(_device())
     planned = plan_model(model, compression)
+    teacher = None
+    if config.distill_weight or config.hidden_weight:
+        teacher = copy.deepcopy(model).eval().requires_grad_(False)
     stacks = factorize_model(model, compression, ksvd)
     errors = {
         stack.names[0]: round(relative_error(stacked_weight(model, stack.names), stack.dense()), 4) for stack in stacks
     }
-    if is_frozen(schedule):
+    if schedule == "ft-f-ft":
         for stack in stacks:
             stack.freeze_supports()
-    teacher = None
-    if config.distill_weight or config.hidden_weight:
-        teacher = checkpoint.load(source, task).model.to(_device()).eval().requires_grad_(False)
     result = train(
         model,
         features_of(training, loaded.tokenizer, task, config),
@@ -205,9 +202,16 @@ def compress(
             "support_flip_share": round(result.support_flip_share, 5),
         },
     )
-    if measure:
-        record.metrics = evaluate_model(model, loaded.tokenizer, task, validation)
-    checkpoint.save(output, model, loaded.tokenizer, record)
+    return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record)
+
+
+def _finish(
+    output: Path, model: Any, tokenizer: Any, task: Task, validation: Sequence[Example], record: Record
+) -> Record:
+    """Measure a trained model (on no examples: not at all), save its folder, and drop the training state."""
+    if validation:
+        record.metrics = evaluate_model(model, tokenizer, task, validation)
+    checkpoint.save(output, model, tokenizer, record)
     _beside(output, "training.pt").unlink(missing_ok=True)
     return record
 
@@ -223,7 +227,6 @@ def export_checkpoint(
     loaded = checkpoint.load(str(source), task)
     record = loaded.record or Record(task.name, source.name, "unknown", 0, 0.0, versions=versions())
     _, validation = data.examples(task, record.seed) if data.train_file else ([], data.validation(task))
-    plans = [plan for _, plan in loaded.factors]
     card: dict[str, Any] = {
         "task": task.name,
         "base_model": record.base_model,
@@ -239,14 +242,14 @@ def export_checkpoint(
     compression = record.compression or {}
     entry = {
         "task": task.kind,
-        "variant": "dsformer" if plans else "dense",
+        "variant": "dsformer" if loaded.factors else "dense",
         "preset": compression.get("preset"),
         "gamma": compression.get("gamma"),
         "delta": compression.get("delta"),
         "block_size": compression.get("block_size"),
         "base_model": record.base_model,
     }
-    factors = {factor.members[0]: factor for factor, _ in loaded.factors}
+    factors = {factor.members[0]: factor for factor in loaded.factors}
     card["sizes"] = export(
         loaded.model,
         loaded.tokenizer,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.config import CompressionConfig, ConfigError, KSVDConfig, LayerPlan, Schedule
+from compressor.config import CompressionConfig, ConfigError, KSVDConfig, LayerPlan
 from compressor.ksvd import Factorization, factorize
 from compressor.omp import blocks, dense_codes, reconstruct, refit, sparse_code
 from compressor.progress import progress
@@ -145,7 +145,7 @@ class StackSpec:
 
 # Where the four kinds of matrices live in each architecture's layer, relative to it.
 _LAYER_PATTERNS = (
-    # BERT, RoBERTa, ELECTRA, CamemBERT, XLM-RoBERTa, MPNet-less kin
+    # BERT, RoBERTa, ELECTRA, CamemBERT, XLM-RoBERTa
     {
         "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
         "attention_output": ("attention.output.dense",),
@@ -272,8 +272,3 @@ def materialize(model: nn.Module) -> nn.Module:
     if stacks_of(model):
         del model.factorized_stacks
     return model
-
-
-def is_frozen(schedule: Schedule) -> bool:
-    """Whether the schedule's last stage keeps the supports of the K-SVD."""
-    return schedule == "ft-f-ft"
