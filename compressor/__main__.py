@@ -1,4 +1,4 @@
-"""``dsformer-compress``: finetune, compress, evaluate, export, or ``run`` for all of it."""
+"""``dsformer-compress``: finetune, compress, export, evaluate, or ``run`` for all of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from compressor.config import CompressionConfig, ConfigError, KSVDConfig, TrainConfig
+from compressor.config import CLASSIFY_LENGTH, QA_LENGTH, CompressionConfig, ConfigError, KSVDConfig, TrainConfig
 from compressor.data import DataError
 from compressor.files import SaveError
 from compressor.progress import console
@@ -67,7 +67,7 @@ Seed = Annotated[int, typer.Option(help="Seed of heads, order and factorization.
 Distill = Annotated[
     bool, typer.Option("--distill/--no-distill", help="Learn from the dense fine-tuned teacher as well.")
 ]
-Hidden = Annotated[float, typer.Option(help="Weight of matching the teacher's last hidden states.")]
+Hidden = Annotated[float, typer.Option(help="Weight of the relative distance to the teacher's hidden states.")]
 Interval = Annotated[int, typer.Option(help="Steps between fresh codings; in between the supports are kept.")]
 StorageType = Annotated[
     Literal["float16", "float32"],
@@ -83,7 +83,7 @@ def _data(task: str, data: Path | None, train_file: Path | None, validation_file
 
 
 def _length(length: int, task: str) -> int:
-    return length or (384 if find_task(task).kind == "qa" else 128)
+    return length or (QA_LENGTH if find_task(task).kind == "qa" else CLASSIFY_LENGTH)
 
 
 @app.command()
@@ -256,6 +256,26 @@ def errors(
     stdout.print(table)
     if json_file:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+@app.command()
+def synthetic(
+    shape: Annotated[str, typer.Option(help="bert-base, bert-large, distilbert-base, minilm-l6-h384, …")],
+    output: Annotated[Path, typer.Option(help="Where to write the model folders dense and dsformer.")],
+    preset: Preset = "2.8x",
+    gamma: Gamma = None,
+    delta: Delta = None,
+    block_size: BlockSize = 0,
+    seed: Seed = 0,
+    storage: StorageType = "float16",
+) -> None:
+    """A dense and a compressed model folder with random weights, to time any shape without training it."""
+    from compressor.synthetic import write_folders
+
+    compression = CompressionConfig(preset, gamma, delta, block_size)
+    sizes = write_folders(shape, compression, output, storage=storage, seed=seed)
+    for variant, numbers in sizes.items():
+        _show(numbers, str(output / variant))
 
 
 @app.command()

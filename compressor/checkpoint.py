@@ -19,7 +19,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 from compressor.config import ConfigError
 from compressor.export import Factors
-from compressor.files import replaced_folder
+from compressor.files import replace_file, replaced_folder
 from compressor.stf import materialize, stacks_of
 from compressor.tasks import Task
 
@@ -100,7 +100,12 @@ def save(target: Path, model: Any, tokenizer: Any, record: Record) -> None:
         tokenizer.save_pretrained(folder)
         if tensors:
             save_file(tensors, str(folder / FACTORS), metadata={"members": json.dumps(names)})
-        (folder / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
+        save_record(folder, record)
+
+
+def save_record(folder: Path, record: Record) -> None:
+    """Write what made a checkpoint, or what has been measured since, into its folder."""
+    replace_file(folder / RECORD, (json.dumps(asdict(record), indent=2) + "\n").encode())
 
 
 def load_factors(folder: Path) -> list[Factors]:

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+# Windows in tokens, as the published BERT results use them.
+CLASSIFY_LENGTH = 128
+QA_LENGTH = 384
+QA_STRIDE = 128
+
 ROLES = ("qkv", "attention_output", "ffn1", "ffn2")
 Role = Literal["qkv", "attention_output", "ffn1", "ffn2"]
 Schedule = Literal["ft-f-stf", "ft-f-ft"]
@@ -145,8 +150,8 @@ class TrainConfig:
     warmup_share: float = 0.06
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    max_length: int = 128
-    doc_stride: int = 128
+    max_length: int = CLASSIFY_LENGTH
+    doc_stride: int = QA_STRIDE
     dropout: float | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0

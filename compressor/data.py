@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from compressor.config import QA_LENGTH, QA_STRIDE
 from compressor.tables import DataError as DataError  # what load_examples raises
 from compressor.tables import Row, read_json, read_rows
 from compressor.tasks import Task
@@ -330,8 +331,8 @@ def classify_features(examples: Sequence[ClassifyExample], tokenizer: Tokenizer,
 def qa_features(
     examples: Sequence[QAExample],
     tokenizer: Tokenizer,
-    max_length: int = 384,
-    doc_stride: int = 128,
+    max_length: int = QA_LENGTH,
+    doc_stride: int = QA_STRIDE,
     *,
     training: bool,
     max_question_length: int = 64,

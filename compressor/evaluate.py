@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as PlainTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from compressor.config import QA_LENGTH, QA_STRIDE
 from compressor.data import (
     ClassifyExample,
     DataError,
@@ -31,9 +32,7 @@ from compressor.tasks import Task
 # (inputs by name) -> the model's outputs, each (batch, ...).
 Run: TypeAlias = Callable[[Mapping[str, torch.Tensor]], Sequence[NDArray[Any]]]
 
-# Windows of question answering, in tokens, as the published BERT results use them.
-_MAX_LENGTH = 384
-_DOC_STRIDE = 128
+# Tokens of a question that are kept, as the published BERT results use them.
 _MAX_QUESTION_LENGTH = 64
 
 
@@ -104,12 +103,12 @@ def _evaluate(
 
 def qa_evaluation_features(examples: Sequence[QAExample], tokenizer: Tokenizer, limit: int) -> list[Feature]:
     """Windows of the usual sizes, or of smaller ones in proportion where the model takes fewer tokens."""
-    scale = min(1.0, limit / _MAX_LENGTH)
+    scale = min(1.0, limit / QA_LENGTH)
     return qa_features(
         examples,
         tokenizer,
-        max_length=int(scale * _MAX_LENGTH),
-        doc_stride=int(scale * _DOC_STRIDE),
+        max_length=int(scale * QA_LENGTH),
+        doc_stride=int(scale * QA_STRIDE),
         max_question_length=int(scale * _MAX_QUESTION_LENGTH),
         training=False,
     )

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import kernels
 from compressor import checkpoint
 from compressor.checkpoint import Record
 from compressor.config import (
@@ -208,10 +209,14 @@ def compress(
 def _finish(
     output: Path, model: Any, tokenizer: Any, task: Task, validation: Sequence[Example], record: Record
 ) -> Record:
-    """Measure a trained model (on no examples: not at all), save its folder, and drop the training state."""
+    """Save a trained model's folder, measure it (on no examples: not at all), and drop the training state.
+
+    Saved before it is measured, so that whoever stops the measuring has the model all the same.
+    """
+    checkpoint.save(output, model, tokenizer, record)
     if validation:
         record.metrics = evaluate_model(model, tokenizer, task, validation)
-    checkpoint.save(output, model, tokenizer, record)
+        checkpoint.save_record(output, record)
     _beside(output, "training.pt").unlink(missing_ok=True)
     return record
 
@@ -237,7 +242,7 @@ def export_checkpoint(
         "compression": record.compression,
         "data": {key: record.extra.get(key) for key in ("train_rows", "validation_rows")},
         "versions": record.versions,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": kernels.cpu_name(),
     }
     compression = record.compression or {}
     entry = {

@@ -162,9 +162,7 @@ class _Loop:
         taught = distillation_loss(outputs, soft, batch, self.task, config.distill_temperature)
         loss = (1 - config.distill_weight) * loss + config.distill_weight * taught
         if hidden:
-            mask = batch["attention_mask"].unsqueeze(2)
-            gap = (outputs.hidden_states[-1] - soft.hidden_states[-1]).square() * mask
-            loss = loss + config.hidden_weight * gap.sum() / (mask.sum() * gap.shape[2])
+            loss = loss + config.hidden_weight * hidden_loss(outputs, soft, batch["attention_mask"])
         return loss
 
     def save(self, path: Path) -> None:
@@ -242,6 +240,20 @@ def distillation_loss(outputs: Any, soft: Any, batch: dict[str, Tensor], task: T
         for student, target in pairs
     ]
     return torch.stack(losses).mean() * temperature**2
+
+
+def hidden_loss(outputs: Any, soft: Any, attention_mask: Tensor) -> Tensor:
+    """Squared distance to the teacher's hidden states relative to their size, averaged over the layers.
+
+    Every layer is compared with its own twin, so each gets a near and dense signal; the embeddings are not
+    factorized and are left out. Relative, so that one weight suits models of every scale.
+    """
+    mask = attention_mask.unsqueeze(2)
+    layers = [
+        ((student - target).square() * mask).sum() / (target.square() * mask).sum()
+        for student, target in zip(outputs.hidden_states[1:], soft.hidden_states[1:], strict=True)
+    ]
+    return torch.stack(layers).mean()
 
 
 def _parameter_groups(

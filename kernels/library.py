@@ -7,6 +7,7 @@ the library sits in site-packages.
 import ctypes
 import functools
 import importlib.resources
+import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,16 @@ def library() -> ctypes.CDLL:
         ]
         coder.restype = ctypes.c_int
     return opened
+
+
+def cpu_name() -> str:
+    """The processor as the operating system names it, for reports of measurements."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def isa() -> Isa:

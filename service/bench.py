@@ -1,0 +1,232 @@
+"""`dsformer-bench`, also `python -m service.bench`: model folders against each other, in one run on one machine.
+
+Noise hits whoever happens to run when it comes, so the folders take turns: every round runs each of them once, forwards
+in one round and backwards in the next, and a ratio is always of two runs of the same round. What is reported is the
+median, with the quartiles as its spread. The runs are the service's own: same session options, same padding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, SettingsConfigDict, SettingsError
+from tqdm import tqdm
+
+import kernels
+from service import artifact
+from service.errors import BackendFailed, StartError
+from service.model import OnnxModel
+from service.settings import available_cpus
+from service.tokenizer import Row
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+class Options(BaseSettings):
+    """Time model folders against the first of them, over batch x length."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", cli_prog_name="dsformer-bench", cli_kebab_case=True, cli_hide_none_type=True
+    )
+
+    folders: CliPositionalArg[list[Path]] = Field(
+        default_factory=list, description="Model folders; every ratio is to the first."
+    )
+    synthetic: str | None = Field(
+        default=None,
+        description="Also make a dense and a compressed model of this shape (bert-base, ...) and time them.",
+    )
+    preset: str = Field(default="2.8x", description="Compression of the synthetic model: 2x, 2.8x or 3.57x.")
+    keep: Path | None = Field(default=None, description="Where to leave the synthetic folders, dense and dsformer.")
+    shapes: str = Field(default="1x32,1x128,1x384,8x128", description="Batch x tokens, comma-separated.")
+    rounds: int = Field(default=20, ge=1, description="Runs of each folder per shape.")
+    warm_up: int = Field(default=3, ge=0, description="Runs of each folder per shape that are not counted.")
+    threads: int = Field(default_factory=available_cpus, ge=1, le=1024, description="CPU threads of one run.")
+    json_file: Path | None = Field(default=None, alias="json", description="Write every number here as JSON.")
+
+    @field_validator("shapes")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        parse_shapes(text)
+        return text
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One folder at one shape. Milliseconds; `speedup` is the first folder's time over this one's, round by round."""
+
+    folder: str
+    batch: int
+    tokens: int
+    milliseconds: float
+    quartiles: tuple[float, float]
+    speedup: float
+    speedup_quartiles: tuple[float, float]
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """`1x32,8x128` as (batch, tokens) pairs."""
+    shapes = []
+    for part in text.split(","):
+        numbers = part.strip().lower().split("x")
+        if len(numbers) != 2 or not all(number.isdigit() and int(number) > 0 for number in numbers):
+            raise ValueError(f"expected batch x tokens such as 1x32,8x128, but one of them is {part!r}")
+        shapes.append((int(numbers[0]), int(numbers[1])))
+    return shapes
+
+
+def measure(
+    models: Sequence[OnnxModel], shapes: Sequence[tuple[int, int]], rounds: int, warm_up: int
+) -> list[Measurement]:
+    """Time the models in turns; tokens are drawn at random, the same ones for all models."""
+    found: list[Measurement] = []
+    with tqdm(total=len(shapes) * (rounds + warm_up), unit="round", file=sys.stderr) as bar:
+        for batch, tokens in shapes:
+            bar.set_description(f"{batch}x{tokens}")
+            limit = min(model.max_length for model in models)
+            if tokens > limit:
+                raise StartError(f"The shape {batch}x{tokens} has more tokens than the models take, which is {limit}.")
+            rows = random_rows(batch, tokens, 1 + min(model.tokenizer.max_id for model in models))
+            seconds: list[list[float]] = [[] for _ in models]
+            for number in range(warm_up + rounds):
+                for i in range(len(models))[:: -1 if number % 2 else 1]:
+                    began = time.perf_counter()
+                    models[i].run(rows)
+                    if number >= warm_up:
+                        seconds[i].append(time.perf_counter() - began)
+                bar.update()
+            for model, own in zip(models, seconds, strict=True):
+                ratios = [first / mine for first, mine in zip(seconds[0], own, strict=True)]
+                found.append(
+                    Measurement(
+                        str(model.artifact.path),
+                        batch,
+                        tokens,
+                        1000 * statistics.median(own),
+                        quartiles([1000 * value for value in own]),
+                        statistics.median(ratios),
+                        quartiles(ratios),
+                    )
+                )
+    return found
+
+
+def random_rows(batch: int, tokens: int, vocabulary: int) -> list[Row]:
+    """Rows of exactly so many tokens: time does not depend on which."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, (batch, tokens), dtype=np.int64)
+    return [Row(row, np.zeros(tokens, np.int64)) for row in ids]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Lower and upper quartile; of a single value, the value."""
+    if len(values) < 2:
+        return values[0], values[0]
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return lower, upper
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers were measured on and with."""
+    chosen = kernels.isa()
+    return {
+        "cpu": kernels.cpu_name(),
+        "cpus": available_cpus(),
+        "isa": chosen.name,
+        "isa_reason": chosen.reason,
+        "threads": threads,
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("dsformer", "onnxruntime", "numpy")},
+    }
+
+
+def table(found: Sequence[Measurement], models: Sequence[OnnxModel], facts: dict[str, Any]) -> str:
+    """The numbers as Markdown, for people and for pull requests."""
+    names = labels([model.artifact.path for model in models])
+    lines = ["| folder | model.onnx | variant |", "|---|---|---|"]
+    for model in models:
+        lines.append(
+            f"| {names[str(model.artifact.path)]} | {model.file_bytes / 1e6:.1f} MB | {model.artifact.variant} |"
+        )
+    lines += ["", "| batch x tokens | folder | ms, median (quartiles) | times as fast as the first (quartiles) |"]
+    lines.append("|---|---|---|---|")
+    for row in found:
+        lines.append(
+            f"| {row.batch}x{row.tokens} | {names[row.folder]} "
+            f"| {row.milliseconds:.2f} ({row.quartiles[0]:.2f} to {row.quartiles[1]:.2f}) "
+            f"| {row.speedup:.2f} ({row.speedup_quartiles[0]:.2f} to {row.speedup_quartiles[1]:.2f}) |"
+        )
+    described = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "isa_reason")
+    return "\n".join([*lines, "", described])
+
+
+def labels(folders: Sequence[Path]) -> dict[str, str]:
+    """The folders' own names, or their paths where two have the same."""
+    own = [folder.resolve().name for folder in folders]
+    return {str(f): name if own.count(name) == 1 else str(f) for f, name in zip(folders, own, strict=True)}
+
+
+def make_synthetic(shape: str, preset: str, output: Path) -> list[Path]:
+    """Have the compressor write folders with random weights; it is a program of its own, and needs PyTorch."""
+    command = [sys.executable, "-m", "compressor", "synthetic"]
+    command += ["--shape", shape, "--preset", preset, "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        # Its last words, a sentence that it may have wrapped; a traceback ends in "…Error: reason".
+        reason = " ".join(re.split(r"[Ee]rror: ", done.stderr)[-1].split()) or f"exit status {done.returncode}"
+        hint = "; it needs `pip install 'dsformer[compress]'`" if "No module named" in reason else ""
+        raise StartError(f"No synthetic model could be made: {reason}{hint}")
+    return [output / "dense", output / "dsformer"]
+
+
+def run(options: Options) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = list(options.folders)
+        if options.synthetic:
+            folders += make_synthetic(options.synthetic, options.preset, options.keep or Path(scratch))
+        if not folders:
+            raise StartError("There is nothing to time: name model folders, or a shape with --synthetic.")
+        models = [OnnxModel(artifact.read(folder), options.threads) for folder in folders]
+        facts = machine(options.threads)
+        found = measure(models, parse_shapes(options.shapes), options.rounds, options.warm_up)
+    print(table(found, models, facts))
+    if options.json_file:
+        report = {"machine": facts, "measurements": [asdict(row) for row in found]}
+        options.json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        options = CliApp.run(Options, cli_args=sys.argv[1:] if argv is None else argv)
+    except ValidationError as error:
+        for problem in error.errors():
+            print(f"--{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}.", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    try:
+        run(options)
+    except (StartError, BackendFailed, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()
