@@ -53,7 +53,9 @@ Update = Annotated[
 ScheduleName = Annotated[
     Literal["ft-f-stf", "ft-f-ft"], typer.Option(help="STF, or plain fine-tuning on frozen supports.")
 ]
-Epochs = Annotated[float, typer.Option(help="Passes over the training data.")]
+Epochs = Annotated[
+    float | None, typer.Option(help="Passes over the training data; if not given 2, or more to make 100 steps.")
+]
 Steps = Annotated[int, typer.Option(help="Optimiser steps instead of epochs (0: by epochs).")]
 Batch = Annotated[int, typer.Option(help="Examples per step.")]
 Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
@@ -86,6 +88,10 @@ def _length(length: int, task: str) -> int:
     return length or (QA_LENGTH if find_task(task).kind == "qa" else CLASSIFY_LENGTH)
 
 
+def _passes(epochs: float | None) -> dict[str, Any]:
+    return {"min_steps": 100} if epochs is None else {"epochs": epochs}
+
+
 @app.command()
 def finetune(
     model: Model,
@@ -95,7 +101,7 @@ def finetune(
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
     rows: Rows = None,
-    epochs: Epochs = 2.0,
+    epochs: Epochs = None,
     steps: Steps = 0,
     batch_size: Batch = 32,
     learning_rate: Rate = 5e-5,
@@ -109,7 +115,7 @@ def finetune(
     from compressor import pipeline
 
     config = TrainConfig(
-        epochs=epochs,
+        **_passes(epochs),
         max_steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -138,7 +144,7 @@ def compress(
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
     schedule: ScheduleName = "ft-f-stf",
-    epochs: Epochs = 2.0,
+    epochs: Epochs = None,
     steps: Steps = 0,
     batch_size: Batch = 32,
     learning_rate: Rate = 1e-4,
@@ -156,7 +162,7 @@ def compress(
     from compressor import pipeline
 
     config = TrainConfig(
-        epochs=epochs,
+        **_passes(epochs),
         max_steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -295,10 +301,10 @@ def run(
     dictionary_update: Update = "mod",
     schedule: ScheduleName = "ft-f-stf",
     finetuned: Annotated[bool, typer.Option(help="--model is fine-tuned for this task already.")] = False,
-    epochs: Epochs = 2.0,
+    epochs: Epochs = None,
     learning_rate: Rate = 5e-5,
     dense_dropout: Dropout = None,
-    compress_epochs: Epochs = 2.0,
+    compress_epochs: Epochs = None,
     compress_steps: Steps = 0,
     compress_learning_rate: Rate = 1e-4,
     dictionary_learning_rate: DictionaryRate = 1e-3,
@@ -319,7 +325,7 @@ def run(
     from compressor import pipeline
 
     dense = TrainConfig(
-        epochs=epochs,
+        **_passes(epochs),
         batch_size=batch_size,
         learning_rate=learning_rate,
         max_length=_length(max_length, task),
@@ -328,7 +334,7 @@ def run(
         seed=seed,
     )
     sparse = TrainConfig(
-        epochs=compress_epochs,
+        **_passes(compress_epochs),
         max_steps=compress_steps,
         batch_size=batch_size,
         learning_rate=compress_learning_rate,

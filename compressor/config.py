@@ -139,11 +139,13 @@ class TrainConfig:
     """One training stage.
 
     ``learning_rate`` is for the weights; the dictionaries have their own, since their gradient is that of
-    ½‖W − SD‖² and not of the task. ``max_steps`` 0 means whole epochs. ``dropout`` None keeps the model's own.
+    ½‖W − SD‖² and not of the task. ``max_steps`` 0 means whole epochs, of which ``min_steps`` may
+    demand more: two passes over a few hundred rows teach nothing. ``dropout`` None keeps the model's own.
     """
 
     epochs: float = 2.0
     max_steps: int = 0
+    min_steps: int = 0
     batch_size: int = 32
     learning_rate: float = 5e-5
     dictionary_learning_rate: float = 1e-3

@@ -100,7 +100,7 @@ class _Loop:
         self.stacks = stacks_of(model)
         self.frozen = any(stack.frozen for stack in self.stacks)
         self.batches_per_epoch = math.ceil(len(features) / config.batch_size)
-        self.total_steps = config.max_steps or max(1, round(config.epochs * self.batches_per_epoch))
+        self.total_steps = config.max_steps or max(1, config.min_steps, round(config.epochs * self.batches_per_epoch))
         self.step, self.seconds, self.loss, self.flips, self.codings = 0, 0.0, math.nan, 0.0, 0
         self.bfloat16 = _use_bfloat16(config, self.device)
         torch.manual_seed(config.seed)

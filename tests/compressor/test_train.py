@@ -1,5 +1,6 @@
 """Training learns, distils, resumes to the same numbers, and refuses what it cannot do."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,13 @@ def test_failed_saves_leave_the_old_content(tmp_path: Path) -> None:
         with pytest.raises(SaveError, match="No space left"):
             replace_file(file, b"new")
     assert file.read_bytes() == b"old"
+
+
+def test_few_rows_get_the_least_number_of_steps(setting: tuple[Any, Any]) -> None:
+    task, features = setting
+    rows = features[:20]
+    one_pass = TrainConfig(epochs=1, batch_size=8)
+    assert _Loop(fresh(), rows, task, one_pass, 0, None).total_steps == 3
+    assert _Loop(fresh(), rows, task, replace(one_pass, min_steps=7), 0, None).total_steps == 7
+    assert _Loop(fresh(), rows, task, replace(one_pass, epochs=9, min_steps=7), 0, None).total_steps == 27
+    assert _Loop(fresh(), rows, task, replace(one_pass, max_steps=2, min_steps=7), 0, None).total_steps == 2
