@@ -56,7 +56,8 @@ def write_folders(
     plans = plan_model(model, compression)
     tokenizer = _letters()
     entry: dict[str, Any] = {"task": "classify", "base_model": f"{shape} (random weights)"}
-    sizes = {"dense": export(model, tokenizer, None, output / "dense", config_entry={**entry, "variant": "dense"})}
+    dense = {**entry, "variant": "dense"}
+    sizes = {"dense": export(model, tokenizer, None, output / "dense", config_entry=dense, storage=storage)}
 
     generator = np.random.default_rng(seed)
     stacks = attach(model, plans, [_random_factors(plan, generator) for _, plan in plans])

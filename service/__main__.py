@@ -7,29 +7,19 @@ import os
 import sys
 
 import uvicorn
-from pydantic import ValidationError
-from pydantic_settings import CliApp, SettingsError
 
 from service import logs
 from service.app import create_app
 from service.errors import StartError
-from service.settings import Settings, sentences, unknown_variables
+from service.settings import Settings, read_options, unknown_variables
 
 log = logging.getLogger("service")
 
 EXIT_START = 1
-EXIT_USAGE = 2
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        settings = CliApp.run(Settings, cli_args=sys.argv[1:] if argv is None else argv)
-    except ValidationError as error:
-        print(sentences(error), file=sys.stderr)
-        sys.exit(EXIT_USAGE)
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+    settings = read_options(Settings, argv)
     logs.configure(settings.log_level)
     for name in unknown_variables(os.environ):
         log.warning("environment variable is no option of the service", extra={"variable": name})

@@ -23,19 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, SettingsConfigDict, SettingsError
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
 from tqdm import tqdm
 
 import kernels
 from service import artifact
 from service.errors import BackendFailed, StartError
 from service.model import OnnxModel
-from service.settings import available_cpus
+from service.settings import available_cpus, read_options
 from service.tokenizer import Row
 
 EXIT_FAILED = 1
-EXIT_USAGE = 2
 
 
 class Options(BaseSettings):
@@ -59,6 +58,13 @@ class Options(BaseSettings):
     warm_up: int = Field(default=3, ge=0, description="Runs of each folder per shape that are not counted.")
     threads: int = Field(default_factory=available_cpus, ge=1, le=1024, description="CPU threads of one run.")
     json_file: Path | None = Field(default=None, alias="json", description="Write every number here as JSON.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *others: Any, **named: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags only: names such as THREADS mean other things in people's environments."""
+        return (init_settings,)
 
     @field_validator("shapes")
     @classmethod
@@ -96,12 +102,13 @@ def measure(
 ) -> list[Measurement]:
     """Time the models in turns; tokens are drawn at random, the same ones for all models."""
     found: list[Measurement] = []
+    limit = min(model.max_length for model in models)
+    for batch, tokens in shapes:  # before anything is timed
+        if tokens > limit:
+            raise StartError(f"The shape {batch}x{tokens} has more tokens than the models take, which is {limit}.")
     with tqdm(total=len(shapes) * (rounds + warm_up), unit="round", file=sys.stderr) as bar:
         for batch, tokens in shapes:
             bar.set_description(f"{batch}x{tokens}")
-            limit = min(model.max_length for model in models)
-            if tokens > limit:
-                raise StartError(f"The shape {batch}x{tokens} has more tokens than the models take, which is {limit}.")
             rows = random_rows(batch, tokens, 1 + min(model.tokenizer.max_id for model in models))
             seconds: list[list[float]] = [[] for _ in models]
             for number in range(warm_up + rounds):
@@ -212,15 +219,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        options = CliApp.run(Options, cli_args=sys.argv[1:] if argv is None else argv)
-    except ValidationError as error:
-        for problem in error.errors():
-            print(f"--{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}.", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+    options = read_options(Options, argv)
     try:
         run(options)
     except (StartError, BackendFailed, OSError) as error:

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 PREFIX = "DSFORMER_"
+EXIT_USAGE = 2
 # Variables with our prefix that other parts of the project read.
 FOREIGN = frozenset({"DSFORMER_ISA"})
 CGROUP = Path("/sys/fs/cgroup")
 
 Truncation = Literal["error", "right", "left"]
 Variant = Literal["dense", "dsformer"]
+Options = TypeVar("Options", bound=BaseSettings)
 
 
 def cgroup_cpus(root: Path = CGROUP) -> float | None:
@@ -90,13 +93,25 @@ class Settings(BaseSettings):
     )
 
 
-def sentences(error: ValidationError) -> str:
-    """The validation error of the settings, one line per option, named as flag and variable."""
+def read_options(kind: type[Options], argv: list[str] | None) -> Options:
+    """Options from the arguments (null: the process's own); a mistake is a sentence for each and exit status 2."""
+    try:
+        return CliApp.run(kind, cli_args=sys.argv[1:] if argv is None else argv)
+    except ValidationError as error:
+        print(sentences(error, kind.model_config.get("env_prefix") or ""), file=sys.stderr)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+    sys.exit(EXIT_USAGE)
+
+
+def sentences(error: ValidationError, prefix: str = PREFIX) -> str:
+    """The validation error of the options, one line each, named as flag and, where they have one, as variable."""
     lines = []
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else "?"
         flag = name.replace("_", "-").lower()
-        lines.append(f"--{flag} ({PREFIX}{name.upper()}): {problem['msg']}, got {problem['input']!r}.")
+        variable = f" ({prefix}{name.upper()})" if prefix else ""
+        lines.append(f"--{flag}{variable}: {problem['msg']}, got {problem['input']!r}.")
     return "\n".join(lines)
 
 

@@ -79,3 +79,16 @@ def test_more_tokens_than_the_model_takes(models: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         bench.main([str(models / "tiny-qa-dense"), "--shapes", "1x129", "--rounds", "1"])
     assert "more tokens than the models take, which is 128" in capsys.readouterr().err
+
+
+def test_options_are_flags_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ROUNDS", "THREADS", "JSON", "SHAPES"):
+        monkeypatch.setenv(name, "0")
+    options = bench.read_options(bench.Options, ["--warm-up", "5"])
+    assert (options.rounds, options.warm_up, options.json_file) == (20, 5, None)
+
+
+def test_a_wrong_option_is_named_by_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--warm-up", "-1"])
+    assert capsys.readouterr().err.startswith("--warm-up: ")
