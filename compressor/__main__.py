@@ -72,8 +72,8 @@ Distill = Annotated[
 Hidden = Annotated[float, typer.Option(help="Weight of the relative distance to the teacher's hidden states.")]
 Interval = Annotated[int, typer.Option(help="Steps between fresh codings; in between the supports are kept.")]
 StorageType = Annotated[
-    Literal["float16", "float32"],
-    typer.Option(help="How the model folder stores weights; they are computed in float32."),
+    Literal["int16", "float16", "float32"],
+    typer.Option(help="How the model folder stores weights; int16: those not factorized as float16."),
 ]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on from the checkpoint of a killed run.")]
 
@@ -196,7 +196,7 @@ def export(
     data: DataFolder = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
-    storage: StorageType = "float16",
+    storage: StorageType = "int16",
     measure: Annotated[bool, typer.Option(help="Measure the exported model on the validation set.")] = True,
 ) -> None:
     """Write the model folder that the service loads."""
@@ -273,7 +273,7 @@ def synthetic(
     delta: Delta = None,
     block_size: BlockSize = 0,
     seed: Seed = 0,
-    storage: StorageType = "float16",
+    storage: StorageType = "int16",
 ) -> None:
     """A dense and a compressed model folder with random weights, to time any shape without training it."""
     from compressor.synthetic import write_folders
@@ -315,7 +315,7 @@ def run(
     distill: Distill = True,
     hidden_weight: Hidden = 0.0,
     omp_interval: Interval = 1,
-    storage: StorageType = "float16",
+    storage: StorageType = "int16",
     dense_output: Annotated[Path | None, typer.Option(help="Keep the dense model folder here as well.")] = None,
     work: Annotated[Path, typer.Option(help="Checkpoints between the stages; a killed run goes on from here.")] = Path(
         "runs"

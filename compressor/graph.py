@@ -21,9 +21,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from kernels.onnx_op import DOMAIN, OP_TYPE, SINCE_VERSION, index_dtype
+from kernels.integers import to_int16
+from kernels.onnx_op import DOMAIN, INPUT_NAMES, OP_TYPE, SINCE_VERSION, index_dtype
 
-Storage = Literal["float32", "float16"]
+# How weights lie in the file. int16: DSLinear's as 16-bit integers, which need no more bytes than float16 and can be
+# multiplied as they are; other large weights as float16.
+Storage = Literal["float32", "float16", "int16"]
 # onnx.ModelProto, .GraphProto and .NodeProto; onnx is not followed by the type checker.
 ModelProto: TypeAlias = Any
 GraphProto: TypeAlias = Any
@@ -81,21 +84,31 @@ class Factors:
         return int(self.dictionary.shape[0] * self.dictionary.shape[2])
 
     def stored(self, storage: Storage) -> dict[str, NDArray[Any]]:
-        """The tensors as DSLinear takes them, in the op's input order."""
+        """The tensors as DSLinear takes them, by the names of its inputs."""
+        indices = self.indices.astype(index_dtype(self.dictionary.shape[1]))
+        if storage == "int16":
+            for name, tensor in (("dictionary", self.dictionary), ("values", self.values)):
+                _require_finite(f"{self.name}.{name}", tensor)
+            dictionary, values, scales = to_int16(self.dictionary, self.indices, self.values)
+            return {"dictionary": dictionary, "indices": indices, "values": values, "scales": scales}
         return {
-            "dictionary": _as_storage(f"{self.name}.dictionary", self.dictionary, storage),
-            "indices": self.indices.astype(index_dtype(self.dictionary.shape[1])),
-            "values": _as_storage(f"{self.name}.values", self.values, storage),
+            "dictionary": _as_float(f"{self.name}.dictionary", self.dictionary, storage),
+            "indices": indices,
+            "values": _as_float(f"{self.name}.values", self.values, storage),
         }
 
 
-def _as_storage(name: str, tensor: NDArray[Any], storage: Storage) -> NDArray[Any]:
-    if not np.isfinite(tensor).all():
-        raise ExportError(f"{name} holds values that are not finite.")
+def _as_float(name: str, tensor: NDArray[Any], storage: Literal["float32", "float16"]) -> NDArray[Any]:
+    _require_finite(name, tensor)
     largest = np.abs(tensor).max()
     if storage == "float16" and largest > np.finfo(np.float16).max:
         raise ExportError(f"{name} reaches {largest:.3g}, beyond float16: export with float32 storage.")
     return np.ascontiguousarray(tensor, dtype=storage)
+
+
+def _require_finite(name: str, tensor: NDArray[Any]) -> None:
+    if not np.isfinite(tensor).all():
+        raise ExportError(f"{name} holds values that are not finite.")
 
 
 # --- 1. trace -----------------------------------------------------------------------------------------------
@@ -190,12 +203,14 @@ def put_factors(model: ModelProto, factors: Sequence[Factors], storage: Storage)
     for factor in factors:
         members = [_member(matmuls, name) for name in factor.members]
         sizes = _member_sizes(factor, members, weights)
-        if len(members) == 1:
-            nodes, absorbed = _single(factor, members[0], weights, consumers)
-        else:
-            nodes, absorbed = _stacked(graph, factor, members, sizes), []
+        inputs = {}
         for name, tensor in factor.stored(storage).items():
-            graph.initializer.append(numpy_helper.from_array(tensor, f"{factor.name}.{name}"))
+            inputs[name] = f"{factor.name}.{name}"
+            graph.initializer.append(numpy_helper.from_array(tensor, inputs[name]))
+        if len(members) == 1:
+            nodes, absorbed = _single(factor, inputs, members[0], weights, consumers)
+        else:
+            nodes, absorbed = _stacked(graph, factor, inputs, members, sizes), []
         fresh[members[0].name] = nodes
         gone.update(node.name for node in [*members, *absorbed])
     _replace_nodes(graph, fresh, gone)
@@ -236,13 +251,16 @@ def _member_sizes(factor: Factors, members: Sequence[NodeProto], weights: Mappin
     return [out_features for _, out_features in shapes]
 
 
-def _ds_linear(factor: Factors, x: str, output: str, bias: str = "", activation: str = "none") -> NodeProto:
-    inputs = [x, *(f"{factor.name}.{name}" for name in ("dictionary", "indices", "values"))]
+def _ds_linear(name: str, inputs: Mapping[str, str], output: str, activation: str = "none") -> NodeProto:
+    """inputs: names of tensors by the names of the op's inputs; those left out at the end are not written."""
+    given = [inputs.get(each, "") for each in INPUT_NAMES]
+    while not given[-1]:
+        given.pop()
     return helper.make_node(
         OP_TYPE,
-        inputs + [bias] * bool(bias),
+        given,
         [output],
-        name=factor.name,
+        name=name,
         domain=DOMAIN,
         activation=activation,
         row_group=1,
@@ -251,6 +269,7 @@ def _ds_linear(factor: Factors, x: str, output: str, bias: str = "", activation:
 
 def _single(
     factor: Factors,
+    inputs: Mapping[str, str],
     matmul: NodeProto,
     weights: Mapping[str, Any],
     consumers: Mapping[str, Sequence[NodeProto]],
@@ -273,17 +292,24 @@ def _single(
         activation = "gelu" if node.op_type in ("BiasGelu", "Gelu") else "none"
         absorbed.append(node)
         output = node.output[0]
-    return [_ds_linear(factor, matmul.input[0], output, bias, activation)], absorbed
+    node = _ds_linear(factor.name, {**inputs, "X": matmul.input[0], "bias": bias}, output, activation)
+    return [node], absorbed
 
 
-def _stacked(graph: GraphProto, factor: Factors, members: Sequence[NodeProto], sizes: Sequence[int]) -> list[NodeProto]:
+def _stacked(
+    graph: GraphProto,
+    factor: Factors,
+    inputs: Mapping[str, str],
+    members: Sequence[NodeProto],
+    sizes: Sequence[int],
+) -> list[NodeProto]:
     """One DSLinear for all members, then a Split. Their biases stay in the attention node, which adds them while
     it transposes anyway."""
     output, split = f"{factor.name}.output", f"{factor.name}.sizes"
     graph.initializer.append(numpy_helper.from_array(np.array(sizes, dtype=np.int64), split))
     outputs = [node.output[0] for node in members]
     return [
-        _ds_linear(factor, members[0].input[0], output),
+        _ds_linear(factor.name, {**inputs, "X": members[0].input[0]}, output),
         helper.make_node("Split", [output, split], outputs, name=f"{factor.name}.split", axis=-1),
     ]
 
@@ -331,7 +357,7 @@ def store_float16(model: ModelProto) -> None:
             casts.append(_cast_to_float32(f"{name}.float16", name))
         else:
             continue
-        half = _as_storage(name, numpy_helper.to_array(tensor), "float16")
+        half = _as_float(name, numpy_helper.to_array(tensor), "float16")
         tensor.CopyFrom(numpy_helper.from_array(half, name if kinds == {"Gather"} else f"{name}.float16"))
     nodes = casts
     for node in graph.node:

@@ -222,7 +222,7 @@ def _finish(
 
 
 def export_checkpoint(
-    source: Path, data: Data, output: Path, *, storage: Storage = "float16", measure: bool = True
+    source: Path, data: Data, output: Path, *, storage: Storage = "int16", measure: bool = True
 ) -> dict[str, Any]:
     """Write the model folder ``output`` for the service from a checkpoint folder; returns its card.
 
@@ -288,7 +288,7 @@ def run(
     dense_output: Path | None = None,
     finetuned: bool = False,
     schedule: Schedule = "ft-f-stf",
-    storage: Storage = "float16",
+    storage: Storage = "int16",
 ) -> dict[str, Any]:
     """Everything: fine-tune (unless ``finetuned``), compress, export dense and compressed, measure both.
 

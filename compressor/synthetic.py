@@ -32,7 +32,7 @@ SHAPES = {
 
 
 def write_folders(
-    shape: str, compression: CompressionConfig, output: Path, *, storage: Storage = "float16", seed: int = 0
+    shape: str, compression: CompressionConfig, output: Path, *, storage: Storage = "int16", seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """Write the model folders ``output/dense`` and ``output/dsformer``; returns the sizes of each.
 

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kernels.integers import LARGEST_SUM, LONGEST_ATOM, largest_sums
+
 DOMAIN = "dsformer"
 OP_TYPE = "DSLinear"
 SINCE_VERSION = 1
-INPUT_NAMES = ("X", "dictionary", "indices", "values", "bias")
+INPUT_NAMES = ("X", "dictionary", "indices", "values", "bias", "scales")
 ACTIVATIONS = ("none", "gelu")
 MAX_ATOMS = 65536  # an index is at most uint16
 
@@ -28,14 +30,15 @@ def check_weights(
     indices: npt.NDArray[Any],
     values: npt.NDArray[Any],
     bias: npt.NDArray[Any] | None = None,
+    scales: npt.NDArray[Any] | None = None,
 ) -> None:
     """Raises ValueError unless the arrays are valid inputs of a DSLinear node.
 
-    dictionary : (N/B, K, B) float32 or float16; indices : (N/B, M, S) uint8 or uint16, below K;
-    values : (N/B, M, S), the dictionary's type; bias : (M,) float32.
+    dictionary : (N/B, K, B) float32, float16 or int16; indices : (N/B, M, S) uint8 or uint16, below K;
+    values : (N/B, M, S), the dictionary's type; bias : (M,) float32; scales : (M,) float32, for int16 only.
     """
-    if dictionary.dtype not in (np.float32, np.float16):
-        raise ValueError(f"dictionary: expected float32 or float16, got {dictionary.dtype}")
+    if dictionary.dtype not in (np.float32, np.float16, np.int16):
+        raise ValueError(f"dictionary: expected float32 or float16 or int16, got {dictionary.dtype}")
     if values.dtype != dictionary.dtype:
         raise ValueError(f"values: expected {dictionary.dtype}, that of dictionary, got {values.dtype}")
     if dictionary.ndim != 3 or dictionary.size == 0:
@@ -52,3 +55,33 @@ def check_weights(
         raise ValueError(f"indices: expected numbers below {n_atoms} (atoms per block), got {indices.max()}")
     if bias is not None and (bias.dtype != np.float32 or bias.shape != values.shape[1:2]):
         raise ValueError(f"bias: expected float32 of shape {values.shape[1:2]}, got {bias.dtype} of {bias.shape}")
+    if dictionary.dtype == np.int16:
+        _check_integers(dictionary, indices, values, scales)
+    elif scales is not None:
+        raise ValueError("scales: expected none, because only int16 weights have them")
+
+
+def _check_integers(
+    dictionary: npt.NDArray[Any],
+    indices: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    scales: npt.NDArray[Any] | None,
+) -> None:
+    if scales is None or scales.dtype != np.float32 or scales.shape != values.shape[1:2]:
+        found = "none" if scales is None else f"{scales.dtype} of {scales.shape}"
+        raise ValueError(f"scales: expected float32 of shape {values.shape[1:2]}, got {found}")
+    if not np.isfinite(scales).all():
+        raise ValueError(f"scales: expected finite numbers, got {scales[~np.isfinite(scales)][0]}")
+    squares = (dictionary.astype(np.int64) ** 2).sum(axis=2)
+    if squares.max() > LONGEST_ATOM**2:
+        block, atom = np.unravel_index(squares.argmax(), squares.shape)
+        raise ValueError(
+            f"dictionary: expected int16 atoms of norm {LONGEST_ATOM} at most, "
+            f"but atom {atom} of block {block} is longer"
+        )
+    sums = largest_sums(dictionary, indices, values)
+    if sums.max() > LARGEST_SUM:
+        raise ValueError(
+            f"values: expected rows whose sums stay below 2^31, "
+            f"but those of row {sums.argmax()} can reach {sums.max():.3g}"
+        )

@@ -17,11 +17,12 @@ def ds_linear(
     indices: npt.NDArray[Any],
     values: npt.NDArray[Any],
     bias: npt.NDArray[Any] | None = None,
+    scales: npt.NDArray[Any] | None = None,
     activation: str = "none",
 ) -> Float64Array:
-    """y = Σ_i S_i (D_i x_i) + bias, then the activation.
+    """y = scales · Σ_i S_i (D_i x_i) + bias, then the activation.
 
-    x : (..., N); dictionary : (N/B, K, B); indices, values : (N/B, M, S); bias : (M,).
+    x : (..., N); dictionary : (N/B, K, B); indices, values : (N/B, M, S); bias, scales : (M,).
     activation : "none" or "gelu" (exact, with erf).
     Returns (..., M).
     """
@@ -31,6 +32,8 @@ def ds_linear(
         block = x[..., i * width : (i + 1) * width].astype(np.float64)
         products = block @ dictionary[i].astype(np.float64).T  # (..., K)
         y += products @ dense_codes(indices[i], values[i], n_atoms).T
+    if scales is not None:
+        y *= scales
     if bias is not None:
         y += bias
     if activation == "gelu":

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kernels.integers import to_int16
 from kernels.onnx_op import index_dtype
 
 
@@ -16,14 +17,14 @@ class Case(NamedTuple):
     n_atoms: int  # K
     rows: int  # M
     n_nonzero: int  # S
-    half: bool = False  # dictionary and values in float16
+    storage: str = "float32"  # of dictionary and values
     bias: bool = True
     activation: str = "none"
 
     def arrays(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """dictionary, indices, values and, if the case has one, bias."""
+        """dictionary, indices, values and, if the case has them, bias and scales."""
         rng = np.random.default_rng(seed)
-        number = np.float16 if self.half else np.float32
+        number = np.float16 if self.storage == "float16" else np.float32
         codes = (self.n_blocks, self.rows, self.n_nonzero)
         arrays = {
             "dictionary": rng.standard_normal((self.n_blocks, self.n_atoms, self.width)).astype(number),
@@ -32,6 +33,9 @@ class Case(NamedTuple):
         }
         if self.bias:
             arrays["bias"] = rng.standard_normal(self.rows).astype(np.float32)
+        if self.storage == "int16":
+            weights = [arrays[name] for name in ("dictionary", "indices", "values")]
+            arrays["dictionary"], arrays["values"], arrays["scales"] = to_int16(*weights)
         return arrays
 
 
@@ -39,18 +43,26 @@ class Case(NamedTuple):
 EDGE_CASES = (
     Case("bert-attention", 12, 64, 96, 768, 12),
     Case("bert-ffn-in", 4, 64, 384, 300, 12, activation="gelu"),
-    Case("minilm-half", 12, 32, 144, 193, 6, half=True, activation="gelu"),
+    Case("minilm-half", 12, 32, 144, 193, 6, storage="float16", activation="gelu"),
     Case("no-bias", 3, 16, 48, 64, 4, bias=False),
     Case("no-bias-gelu", 3, 16, 48, 64, 4, bias=False, activation="gelu"),
     Case("odd", 3, 17, 37, 53, 5),
-    Case("odd-half", 3, 17, 37, 53, 5, half=True),
+    Case("odd-half", 3, 17, 37, 53, 5, storage="float16"),
     Case("one-of-everything", 1, 1, 1, 1, 1),
     Case("k256", 2, 8, 256, 31, 3),
     Case("k257-uint16", 2, 8, 257, 33, 3, activation="gelu"),
     Case("many-nonzeros", 1, 8, 700, 9, 600),
-    Case("many-nonzeros-half", 1, 8, 700, 9, 600, half=True),
-    Case("wide-block-half", 2, 150, 20, 17, 7, half=True),
+    Case("many-nonzeros-half", 1, 8, 700, 9, 600, storage="float16"),
+    Case("wide-block-half", 2, 150, 20, 17, 7, storage="float16"),
     Case("wide-block", 2, 150, 20, 17, 7),
+    Case("bert-attention-int16", 12, 64, 96, 768, 12, storage="int16"),
+    Case("minilm-int16", 12, 32, 144, 193, 6, storage="int16", activation="gelu"),
+    Case("no-bias-int16", 3, 16, 48, 64, 4, storage="int16", bias=False),
+    Case("odd-int16", 3, 17, 37, 53, 5, storage="int16"),
+    Case("one-of-everything-int16", 1, 1, 1, 1, 1, storage="int16"),
+    Case("k257-uint16-int16", 2, 8, 257, 33, 3, storage="int16"),
+    Case("many-nonzeros-int16", 1, 8, 700, 9, 600, storage="int16"),
+    Case("wide-block-int16", 2, 150, 20, 17, 7, storage="int16"),
 )
 # Around every vector and tile edge: (batch, sequence).
 EDGE_TOKENS = ((1, 1), (1, 15), (1, 16), (1, 17), (2, 24), (1, 63), (1, 65), (3, 43), (0, 5))

@@ -7,15 +7,20 @@ namespace dsformer {
 namespace {
 
 // __builtin_cpu_supports looks at CPUID and, for AVX and later, at the state the operating system saves (XCR0).
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+#endif
+
 const Tier kTiers[] = {  // best first
 #if defined(__x86_64__)
+    {"avx512vnni", "AVX-512 F, BW, VL, DQ, VNNI",
+     [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }, &ds_linear_avx512vnni, &omp_avx512},
     {"avx512", "AVX-512 F, BW, VL, DQ",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
-     &ds_linear_avx512, &omp_avx512},
+     has_avx512, &ds_linear_avx512, &omp_avx512},
     {"avx2", "AVX2, FMA, F16C",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

@@ -21,22 +21,32 @@ constexpr int64_t kMinChunkRows = 64;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-int64_t l1_floats() {
-  static const int64_t floats = [] {
+int64_t l1_bytes() {
+  static const int64_t bytes_known = [] {
     long bytes = 0;
 #ifdef _SC_LEVEL1_DCACHE_SIZE
     bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #endif
-    return static_cast<int64_t>(bytes > 0 ? bytes : 32 * 1024) / static_cast<int64_t>(sizeof(float));
+    return static_cast<int64_t>(bytes > 0 ? bytes : 32 * 1024);
   }();
-  return floats;
+  return bytes_known;
 }
 
 // The tile rule of FORMAT.md: the products of one block (K x tile) take at most 1.5 times L1.
 int64_t tile_tokens(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
-  const int64_t fitting = 3 * l1_floats() / (2 * layer.n_atoms) / tier.lanes * tier.lanes;
-  const int64_t tile = std::clamp(fitting, kMinTileTokens, kMaxTileTokens);
+  const int64_t fitting = 3 * l1_bytes() / (2 * layer.n_atoms * tier.product_bytes) / tier.lanes * tier.lanes;
+  const int64_t tile = std::clamp(fitting, kMinTileTokens, tier.max_tokens);
   return std::min(tile, round_up(tokens, tier.lanes));
+}
+
+// Scratch of one tile's products, in floats.
+int64_t product_floats(const DsLinear& layer, const DsLinearTier& tier, int64_t pitch) {
+  return layer.n_blocks * layer.n_atoms * pitch * tier.product_bytes / static_cast<int64_t>(sizeof(float));
+}
+
+// Scratch of one tile of X in integers: a number for each pair of columns, and a factor, a token.
+int64_t prepared_floats(const DsLinear& layer, const DsLinearTier& tier, int64_t pitch) {
+  return tier.prepare ? (layer.n_blocks * ((layer.width + 1) / 2) + 1) * pitch : 0;
 }
 
 struct Group {
@@ -53,11 +63,18 @@ struct Group {
     const int64_t first = i * plan.tile_tokens;
     const int64_t count = std::min(plan.tile_tokens, tokens - first);
     const int64_t pitch = round_up(count, tier.lanes);
-    float* products = scratch + i * plan.tile_floats;
-    return {x + first * layer.in_features, y + first * layer.out_features, count, pitch,
-            products, products + layer.n_blocks * layer.n_atoms * pitch};
+    float* sums = scratch + i * plan.tile_floats;
+    float* products = sums + layer.out_features * pitch;
+    float* prepared = products + product_floats(layer, tier, pitch);
+    return {x + first * layer.in_features, y + first * layer.out_features, count, pitch, products, sums, prepared};
   }
 };
+
+void prepare_task(void* data, size_t task) {
+  const Group& group = *static_cast<const Group*>(data);
+  const int64_t first = static_cast<int64_t>(task) * kPreparedTokens, tile_tokens = group.plan.tile_tokens;
+  group.tier.prepare(group.layer, group.tile(first / tile_tokens), first % tile_tokens);
+}
 
 void dense_task(void* data, size_t task) {
   const Group& group = *static_cast<const Group*>(data);
@@ -75,11 +92,17 @@ void sparse_task(void* data, size_t task) {
 
 }  // namespace
 
+const DsLinearTier& suited(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
+  const bool few = tokens <= tier.lanes / 4;
+  return tier.plain && (few || layer.number != Number::int16) ? *tier.plain : tier;
+}
+
 Plan make_plan(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
   Plan plan;
   plan.tile_tokens = tile_tokens(layer, tier, tokens);
   const int64_t n_tiles = round_up(tokens, plan.tile_tokens) / plan.tile_tokens;
-  plan.tile_floats = (layer.n_blocks * layer.n_atoms + layer.out_features) * plan.tile_tokens;
+  plan.tile_floats = product_floats(layer, tier, plan.tile_tokens) + layer.out_features * plan.tile_tokens +
+                     prepared_floats(layer, tier, plan.tile_tokens);
   plan.group_tiles = std::clamp<int64_t>(kGroupFloats / plan.tile_floats, 1, n_tiles);
   plan.scratch_floats = plan.group_tiles * plan.tile_floats;
 
@@ -99,6 +122,10 @@ void ds_linear(const DsLinear& layer, const DsLinearTier& tier, const Plan& plan
     const int64_t n_tiles = round_up(count, plan.tile_tokens) / plan.tile_tokens;
     Group group{layer,   tier,    plan,    x + first * layer.in_features, y + first * layer.out_features,
                 count,   scratch, n_chunks};
+    if (tier.prepare) {
+      const int64_t padded = round_up(count, tier.lanes);
+      executor.run(executor.context, prepare_task, static_cast<size_t>(padded / kPreparedTokens), &group);
+    }
     executor.run(executor.context, dense_task, static_cast<size_t>(n_tiles * layer.n_blocks), &group);
     executor.run(executor.context, sparse_task, static_cast<size_t>(n_tiles * n_chunks), &group);
   }

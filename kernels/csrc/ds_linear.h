@@ -13,8 +13,15 @@
 
 namespace dsformer {
 
-// Most tokens in a tile: four AVX-512 vectors, enough independent FMA chains with two rows in flight.
+// Most tokens in a tile of floats: four AVX-512 vectors, enough independent FMA chains with two rows in flight.
 constexpr int64_t kMaxTileTokens = 64;
+
+// Norm of the longest atom that int16 dictionaries may have (FORMAT.md section 4).
+constexpr int kAtomBits = 14;
+constexpr int64_t kLongestAtom = int64_t{1} << kAtomBits;
+
+// What dictionary and values are stored as.
+enum class Number { float32, float16, int16 };
 
 // A layer's weights, used where ONNX Runtime keeps them.
 struct DsLinear {
@@ -24,13 +31,14 @@ struct DsLinear {
   int64_t width;         // B
   int64_t n_atoms;       // K
   int64_t n_nonzero;     // S
-  bool half;             // dictionary and values are float16 bits, else float32
+  Number number;
   bool wide;             // indices are uint16, else uint8
   bool gelu;
   const void* dictionary;  // (N/B, K, B)
   const void* indices;     // (N/B, M, S), each below K
   const void* values;      // (N/B, M, S)
   const float* bias;       // (M) or null
+  const float* scales;     // (M), what the sums of int16 weights are multiplied by; null for floats
 };
 
 // Consecutive tokens and their scratch. Lanes from `tokens` up to `pitch` hold products of zeros.
@@ -38,23 +46,36 @@ struct Tile {
   const float* x;   // (tokens, N)
   float* y;         // (tokens, M)
   int64_t tokens;
-  int64_t pitch;    // tokens rounded up to the tier's lanes, at most kMaxTileTokens
-  float* products;  // (N/B, K, pitch)
-  float* sums;      // (M, pitch)
+  int64_t pitch;    // tokens rounded up to the tier's lanes, at most its max_tokens
+  void* products;   // (N/B, K, pitch), float32 or the tier's integers
+  void* sums;       // (M, pitch), of 4 bytes
+  void* prepared;   // the tile's part of X as the tier's `prepare` left it
 };
 
 struct DsLinearTier {
-  int64_t lanes;  // tokens per vector
+  int64_t lanes;          // tokens per vector
+  int64_t max_tokens;     // in a tile
+  int64_t product_bytes;  // of one number of D_i x_i
+  // Null, or what comes before `dense`: tokens [first, first + kPreparedTokens) of the tile, in integers.
+  void (*prepare)(const DsLinear& layer, const Tile& tile, int64_t first);
   void (*dense)(const DsLinear& layer, const Tile& tile, int64_t block);
   // Rows [first, first + count) of the output.
   void (*sparse)(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count);
+  // The tier for what this one does not suit: float weights, calls of few tokens. Null: it suits everything.
+  const DsLinearTier* plain;
 };
+
+constexpr int64_t kPreparedTokens = 16;
 
 extern const DsLinearTier ds_linear_scalar;
 #if defined(__x86_64__)
 extern const DsLinearTier ds_linear_avx2;
 extern const DsLinearTier ds_linear_avx512;
+extern const DsLinearTier ds_linear_avx512vnni;
 #endif
+
+// The tier to use for a call: `tier`, or its plain one.
+const DsLinearTier& suited(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens);
 
 // How a call is cut up.
 struct Plan {

@@ -4,6 +4,7 @@
 // node's name. Inside, errors are C++ exceptions; the callbacks at the end turn them into OrtStatus, so none crosses
 // the C boundary. Scratch comes from ONNX Runtime's arena and threads from its pool: nothing is owned between calls.
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -21,10 +22,12 @@ constexpr char kDomain[] = "dsformer";
 constexpr char kOpType[] = "DSLinear";
 constexpr int kSinceVersion = 1;
 
-enum Input : size_t { kX, kDictionary, kIndices, kValues, kBias, kInputCount };
-constexpr const char* kInputNames[] = {"X", "dictionary", "indices", "values", "bias"};
+enum Input : size_t { kX, kDictionary, kIndices, kValues, kBias, kScales, kInputCount };
+constexpr const char* kInputNames[] = {"X", "dictionary", "indices", "values", "bias", "scales"};
 
 constexpr size_t kScratchAlignment = 64;
+
+constexpr char kNoScales[] = "scales: expected none, because only int16 weights have them";
 
 using Shape = std::vector<int64_t>;
 
@@ -38,6 +41,7 @@ std::string type_name(ONNXTensorElementDataType type) {
   switch (type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float32";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16: return "int16";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8: return "uint8";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16: return "uint16";
     default: return "ONNX element type " + std::to_string(static_cast<int>(type));
@@ -123,7 +127,7 @@ class NodeReader {
     return absent;
   }
 
-  // Throws unless the input is a constant of the graph. A missing optional input gives false.
+  // False unless the input is there and a constant of the graph.
   bool constant(Input input, Tensor* tensor) const {
     int is_constant = 0;
     const OrtValue* value = nullptr;
@@ -150,10 +154,13 @@ class NodeReader {
   const OrtKernelInfo* info_;
 };
 
-void require_type(Input input, const Tensor& tensor, ONNXTensorElementDataType a, ONNXTensorElementDataType b) {
-  if (tensor.type == a || tensor.type == b) return;
-  throw BadNode(std::string(kInputNames[input]) + ": expected " + type_name(a) + (a == b ? "" : " or " + type_name(b)) +
-                ", got " + type_name(tensor.type));
+void require_type(Input input, const Tensor& tensor, std::initializer_list<ONNXTensorElementDataType> allowed) {
+  std::string expected;
+  for (const ONNXTensorElementDataType type : allowed) {
+    if (tensor.type == type) return;
+    expected += (expected.empty() ? "" : " or ") + type_name(type);
+  }
+  throw BadNode(std::string(kInputNames[input]) + ": expected " + expected + ", got " + type_name(tensor.type));
 }
 
 void require_shape(Input input, const Tensor& tensor, const std::string& expected, bool as_expected) {
@@ -172,16 +179,42 @@ void require_below(const Tensor& indices, int64_t n_atoms) {
                 std::to_string(largest));
 }
 
+// No atom may be longer than what keeps products in 16 bits.
+void require_short_atoms(const Tensor& dictionary) {
+  const int16_t* atom = static_cast<const int16_t*>(dictionary.data);
+  const int64_t width = dictionary.shape[2], n_atoms = dictionary.size() / width;
+  for (int64_t k = 0; k < n_atoms; ++k, atom += width) {
+    int64_t square = 0;
+    for (int64_t b = 0; b < width; ++b) square += int32_t{atom[b]} * atom[b];
+    if (square <= kLongestAtom * kLongestAtom) continue;
+    throw BadNode("dictionary: expected int16 atoms of norm " + std::to_string(kLongestAtom) + " at most, but atom " +
+                  std::to_string(k % dictionary.shape[1]) + " of block " + std::to_string(k / dictionary.shape[1]) +
+                  " is longer");
+  }
+}
+
+const float* read_scales(const NodeReader& node, int64_t out_features) {
+  Tensor scales;
+  if (!node.constant(kScales, &scales)) {
+    throw BadNode("scales: expected a constant (an initializer of the graph), which int16 weights need");
+  }
+  require_type(kScales, scales, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
+  require_shape(kScales, scales, to_string({out_features}), scales.shape == Shape{out_features});
+  return static_cast<const float*>(scales.data);
+}
+
 DsLinear read_layer(const NodeReader& node) {
-  Tensor dictionary, indices, values, bias;
+  Tensor dictionary, indices, values;
   for (const auto& [input, tensor] : {std::pair{kDictionary, &dictionary}, {kIndices, &indices}, {kValues, &values}}) {
     if (!node.constant(input, tensor)) {
       throw BadNode(std::string(kInputNames[input]) + ": expected a constant (an initializer of the graph)");
     }
   }
-  require_type(kDictionary, dictionary, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
-  require_type(kValues, values, dictionary.type, dictionary.type);
-  require_type(kIndices, indices, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16);
+  require_type(kDictionary, dictionary,
+               {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16});
+  require_type(kValues, values, {dictionary.type});
+  require_type(kIndices, indices, {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16});
   require_shape(kDictionary, dictionary, "[N/B, K, B], none of them 0", dictionary.shape.size() == 3 && dictionary.size() > 0);
   const Shape& d = dictionary.shape;
   require_shape(kValues, values, "[" + std::to_string(d[0]) + ", M, S], none of them 0",
@@ -195,12 +228,15 @@ DsLinear read_layer(const NodeReader& node) {
   layer.in_features = d[0] * d[2];
   layer.out_features = values.shape[1];
   layer.n_nonzero = values.shape[2];
-  layer.half = dictionary.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+  layer.number = dictionary.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16     ? Number::int16
+                 : dictionary.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? Number::float16
+                                                                            : Number::float32;
   layer.wide = indices.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16;
   layer.dictionary = dictionary.data;
   layer.indices = indices.data;
   layer.values = values.data;
   layer.bias = nullptr;
+  layer.scales = nullptr;
   if (layer.n_atoms > 65536) {
     throw BadNode("dictionary: expected at most 65536 atoms per block, got " + std::to_string(layer.n_atoms));
   }
@@ -208,6 +244,12 @@ DsLinear read_layer(const NodeReader& node) {
     require_below<uint16_t>(indices, layer.n_atoms);
   } else {
     require_below<uint8_t>(indices, layer.n_atoms);
+  }
+  if (layer.number == Number::int16) {
+    require_short_atoms(dictionary);
+    layer.scales = read_scales(node, layer.out_features);
+  } else if (Tensor unused; node.constant(kScales, &unused)) {
+    throw BadNode(kNoScales);
   }
 
   const std::string activation = node.string_attribute("activation", "none");
@@ -224,7 +266,7 @@ DsLinear read_layer(const NodeReader& node) {
 }
 
 const float* checked_bias(const Tensor& bias, int64_t out_features) {
-  require_type(kBias, bias, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+  require_type(kBias, bias, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
   require_shape(kBias, bias, to_string({out_features}), bias.shape == Shape{out_features});
   return static_cast<const float*>(bias.data);
 }
@@ -290,7 +332,7 @@ class Kernel {
 
   void compute(OrtKernelContext* context) const {
     const Tensor x = read_tensor(api_, input(context, kX));
-    require_type(kX, x, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    require_type(kX, x, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
     require_shape(kX, x, "[..., " + std::to_string(layer_.in_features) + "]",
                   !x.shape.empty() && x.shape.back() == layer_.in_features);
     DsLinear layer = layer_;
@@ -301,6 +343,7 @@ class Kernel {
         layer.bias = checked_bias(read_tensor(api_, bias), layer.out_features);
       }
     }
+    if (n_inputs > kScales && !layer.scales && input(context, kScales)) throw BadNode(kNoScales);
 
     Shape y_shape = x.shape;
     y_shape.back() = layer.out_features;
@@ -311,10 +354,11 @@ class Kernel {
     void* y_data = nullptr;
     check(api_, api_.GetTensorMutableData(y, &y_data));
 
-    const Plan plan = make_plan(layer, *tier_, tokens);
+    const DsLinearTier& tier = suited(layer, *tier_, tokens);
+    const Plan plan = make_plan(layer, tier, tokens);
     const Scratch scratch(api_, context, memory_info_, static_cast<size_t>(plan.scratch_floats));
     Pool pool{api_, context};
-    ds_linear(layer, *tier_, plan, static_cast<const float*>(x.data), static_cast<float*>(y_data), tokens,
+    ds_linear(layer, tier, plan, static_cast<const float*>(x.data), static_cast<float*>(y_data), tokens,
               scratch.floats(), {&pool, Pool::run});
   }
 
@@ -422,11 +466,11 @@ OrtCustomOp make_op() {
   op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputCount; };
   op.GetInputType = [](const OrtCustomOp*, size_t index) {
     // Undefined means any type here; the kernel's creation checks which.
-    return index == kX || index == kBias ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
+    return index == kX || index == kBias || index == kScales ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
                                          : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
-    return index == kBias ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+    return index == kBias || index == kScales ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };

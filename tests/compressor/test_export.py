@@ -137,6 +137,9 @@ def batch_of(n_rows: int, length: int, names: list[str]) -> dict[str, np.ndarray
         ("roberta", "float32"),
         ("roberta-qa", "float32"),
         ("electra", "float16"),
+        ("bert", "int16"),
+        ("bert-qa", "int16"),
+        ("roberta", "int16"),
     ],
 )
 def test_an_export_computes_what_pytorch_computes(name: str, storage: Any, factorized: bool, tmp_path: Path) -> None:
@@ -177,6 +180,18 @@ def test_an_export_computes_what_pytorch_computes(name: str, storage: Any, facto
             np.testing.assert_allclose(found, wanted, atol=tolerance)
 
 
+def test_int16_is_for_factorized_weights(tmp_path: Path) -> None:
+    model = make_model("bert")
+    for factors, precision in ((factorize(model), "int16"), (None, "float16")):
+        export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage="int16")
+        config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+        assert config["dsformer"]["precision"] == precision
+        graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+        types = {tensor.name: onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in graph.initializer}
+        assert all((types[name] == np.int16) == name.endswith(("dictionary", "values")) for name in types)
+        assert types[next(name for name in types if "word_embeddings" in name)] == np.float16
+
+
 def test_float16_halves_the_file_and_stays_float16_in_memory(tmp_path: Path) -> None:
     # Sizes at which the weights outweigh the graph.
     model = BertForSequenceClassification(make_config(vocab_size=4000, hidden_size=64, intermediate_size=256)).eval()
@@ -195,13 +210,15 @@ def test_float16_halves_the_file_and_stays_float16_in_memory(tmp_path: Path) -> 
     assert all(types[name] == np.float32 for name in types if "LayerNorm" in name or name.endswith("bias"))
 
 
-def test_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["float16", "int16"])
+def test_sizes(storage: Any, tmp_path: Path) -> None:
     model = make_model("bert")
     factors = factorize(model)
-    sizes = export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage="float16")
+    sizes = export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage=storage)
     n_blocks = sum(len(factor.dictionary) for factor in factors.values())
     codes = sum(factor.values.size for factor in factors.values())
-    assert sizes["factorized_bytes"] == 2 * n_blocks * K * B + (2 + 1) * codes
+    scales = 4 * sum(factor.out_features for factor in factors.values()) if storage == "int16" else 0
+    assert sizes["factorized_bytes"] == 2 * n_blocks * K * B + (2 + 1) * codes + scales
     weights = 2 * (4 * 32 * 32 + 2 * 32 * 64)
     assert sizes["factorized_float32_bytes"] == 4 * weights
     # Eq. 11 by its meaning: 32 bits a dictionary entry and a value, log2(K) an index.
@@ -302,6 +319,7 @@ FFN1 = "bert.encoder.layer.0.intermediate.dense"
         ({"members": (FFN1, FFN1.replace("0", "1"))}, "float16", "do not share one input"),
         ({"values": 1e6}, "float16", "beyond float16: export with float32"),
         ({"values": np.nan}, "float32", "not finite"),
+        ({"values": np.inf}, "int16", "not finite"),
     ],
 )
 def test_factors_that_do_not_fit_are_refused(traced: Any, change: dict[str, Any], storage: Any, message: str) -> None:

@@ -7,7 +7,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from kernels import library_path
-from kernels.onnx_op import DOMAIN, OP_TYPE, SINCE_VERSION
+from kernels.onnx_op import DOMAIN, INPUT_NAMES, OP_TYPE, SINCE_VERSION
 
 
 def one_node_model(arrays: dict[str, np.ndarray], x_shape=None, inputs=("X",), **attributes) -> bytes:
@@ -18,13 +18,15 @@ def one_node_model(arrays: dict[str, np.ndarray], x_shape=None, inputs=("X",), *
     dictionary = arrays["dictionary"]
     if x_shape is None:
         x_shape = ["batch", "sequence", dictionary.shape[0] * dictionary.shape[-1]]
-    names = ["X", "dictionary", "indices", "values"] + ["bias"] * ("bias" in arrays)
+    names = [name if name == "X" or name in arrays else "" for name in INPUT_NAMES]
+    while not names[-1]:
+        names.pop()
     node = helper.make_node(OP_TYPE, names, ["Y"], name="layer_7", domain=DOMAIN, **attributes)
     graph_inputs = [helper.make_tensor_value_info("X", TensorProto.FLOAT, x_shape)]
     for name in inputs[1:]:
         kind = helper.np_dtype_to_tensor_dtype(arrays[name].dtype)
         graph_inputs.append(helper.make_tensor_value_info(name, kind, arrays[name].shape))
-    initializers = [numpy_helper.from_array(arrays[n], n) for n in names[1:] if n not in inputs]
+    initializers = [numpy_helper.from_array(arrays[n], n) for n in names[1:] if n and n not in inputs]
     output = helper.make_tensor_value_info("Y", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "one_node", graph_inputs, [output], initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, SINCE_VERSION)]

@@ -15,9 +15,9 @@ from kernels.onnx_op import check_weights, index_dtype
 REFUSED = (errors.Fail, errors.InvalidArgument, errors.RuntimeException, errors.InvalidGraph)
 
 
-def odd_arrays():
+def odd_arrays(name="odd"):
     """N/B = 3, B = 17, K = 37, M = 53, S = 5."""
-    return next(case for case in EDGE_CASES if case.name == "odd").arrays()
+    return next(case for case in EDGE_CASES if case.name == name).arrays()
 
 
 def put(arrays, name, position, value):
@@ -53,29 +53,57 @@ BAD_WEIGHTS = {
     ),
     "dictionary-double": (
         lambda a: a.update(dictionary=a["dictionary"].astype(np.float64)),
-        "dictionary: expected float32 or float16",
+        "dictionary: expected float32 or float16 or int16",
     ),
     "bias-shape": (lambda a: a.update(bias=a["bias"][:-1]), r"bias: expected .*shape [\[(]53"),
+    "scales-of-floats": (
+        lambda a: a.update(scales=np.ones(53, np.float32)),
+        "scales: expected none, because only int16 weights have them",
+    ),
+}
+BAD_INTEGERS = {
+    "no-scales": (lambda a: a.pop("scales"), "scales: expected (a constant|float32 of shape)"),
+    "scales-shape": (lambda a: a.update(scales=a["scales"][1:]), r"scales: expected .*shape [\[(]53"),
+    "values-type": (lambda a: a.update(values=a["values"].astype(np.float32)), "values: expected int16, .*got float32"),
+    "long-atom": (
+        lambda a: put(a, "dictionary", (1, 2, 3), 32767),
+        "dictionary: expected int16 atoms of norm 16384 at most, but atom 2 of block 1 is longer",
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", BAD_WEIGHTS)
-def test_bad_weights_are_refused_when_the_session_is_made(fault):
-    change, message = BAD_WEIGHTS[fault]
-    arrays = odd_arrays()
+FAULTS = [("odd", fault) for fault in BAD_WEIGHTS.items()] + [("odd-int16", fault) for fault in BAD_INTEGERS.items()]
+each_fault = pytest.mark.parametrize(("weights", "fault"), FAULTS, ids=[name for _, (name, _) in FAULTS])
+
+
+@each_fault
+def test_bad_weights_are_refused_when_the_session_is_made(weights, fault):
+    _, (change, message) = fault
+    arrays = odd_arrays(weights)
     change(arrays)
     model = one_node_model(arrays, x_shape=["batch", "sequence", 51])
     with pytest.raises(REFUSED, match=f"DSLinear node 'layer_7': {message}"):
         session(model)
 
 
-@pytest.mark.parametrize("fault", BAD_WEIGHTS)
-def test_bad_weights_are_refused_before_a_model_is_written(fault):
-    change, message = BAD_WEIGHTS[fault]
-    arrays = odd_arrays()
+@each_fault
+def test_bad_weights_are_refused_before_a_model_is_written(weights, fault):
+    _, (change, message) = fault
+    arrays = odd_arrays(weights)
     check_weights(**arrays)
     change(arrays)
     with pytest.raises(ValueError, match=f"^{message}"):
+        check_weights(**arrays)
+
+
+def test_int16_rows_that_could_overflow_are_refused():
+    arrays = odd_arrays("odd-int16")
+    arrays["values"][:, 7] = 32767
+    with pytest.raises(ValueError, match=r"values: expected rows whose sums stay below 2\^31, but those of row 7 can"):
+        check_weights(**arrays)
+    arrays = odd_arrays("odd-int16")
+    arrays["scales"][3] = np.inf
+    with pytest.raises(ValueError, match="scales: expected finite numbers, got inf"):
         check_weights(**arrays)
 
 

@@ -29,6 +29,9 @@ Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 Vec from_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+Vec from_int16(const uint16_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 
 Vec unpack_low_pairs(Vec a, Vec b) {
   return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
@@ -58,6 +61,6 @@ void transpose(Vec* v) {
 
 }  // namespace
 
-extern const DsLinearTier ds_linear_avx2 = {kLanes, dense, sparse};
+extern const DsLinearTier ds_linear_avx2 = {kLanes, kMaxTileTokens, sizeof(float), nullptr, dense, sparse, nullptr};
 
 }  // namespace dsformer

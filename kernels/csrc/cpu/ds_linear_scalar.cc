@@ -23,8 +23,12 @@ float half_to_float(uint16_t half) {
   return value;
 }
 
-float read_float(const void* numbers, bool half, int64_t i) {
-  return half ? half_to_float(static_cast<const uint16_t*>(numbers)[i]) : static_cast<const float*>(numbers)[i];
+float read_number(const void* numbers, Number number, int64_t i) {
+  switch (number) {
+    case Number::int16: return static_cast<const int16_t*>(numbers)[i];
+    case Number::float16: return half_to_float(static_cast<const uint16_t*>(numbers)[i]);
+    default: return static_cast<const float*>(numbers)[i];
+  }
 }
 
 int64_t read_index(const void* numbers, bool wide, int64_t i) {
@@ -39,13 +43,13 @@ void add_scaled(float* __restrict sum, float scale, const float* __restrict row,
 
 void dense(const DsLinear& layer, const Tile& tile, int64_t block) {
   const int64_t first_atom = block * layer.n_atoms;
-  float* products = tile.products + first_atom * tile.pitch;
+  float* products = static_cast<float*>(tile.products) + first_atom * tile.pitch;
   std::memset(products, 0, layer.n_atoms * tile.pitch * sizeof(float));
   for (int64_t b = 0; b < layer.width; ++b) {
     float column[kMaxTileTokens] = {};
     for (int64_t t = 0; t < tile.tokens; ++t) column[t] = tile.x[t * layer.in_features + block * layer.width + b];
     for (int64_t k = 0; k < layer.n_atoms; ++k) {
-      const float atom = read_float(layer.dictionary, layer.half, (first_atom + k) * layer.width + b);
+      const float atom = read_number(layer.dictionary, layer.number, (first_atom + k) * layer.width + b);
       add_scaled(products + k * tile.pitch, atom, column, tile.pitch);
     }
   }
@@ -53,22 +57,25 @@ void dense(const DsLinear& layer, const Tile& tile, int64_t block) {
 
 void sparse(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count) {
   for (int64_t m = first; m < first + count; ++m) {
-    float sum[kMaxTileTokens];
-    for (int64_t t = 0; t < tile.pitch; ++t) sum[t] = layer.bias ? layer.bias[m] : 0.0f;
+    float sum[kMaxTileTokens] = {};
     for (int64_t block = 0; block < layer.n_blocks; ++block) {
-      const float* products = tile.products + block * layer.n_atoms * tile.pitch;
+      const float* products = static_cast<const float*>(tile.products) + block * layer.n_atoms * tile.pitch;
       const int64_t row = (block * layer.out_features + m) * layer.n_nonzero;
       for (int64_t s = row; s < row + layer.n_nonzero; ++s) {
-        add_scaled(sum, read_float(layer.values, layer.half, s),
+        add_scaled(sum, read_number(layer.values, layer.number, s),
                    products + read_index(layer.indices, layer.wide, s) * tile.pitch, tile.pitch);
       }
     }
-    for (int64_t t = 0; t < tile.tokens; ++t) tile.y[t * layer.out_features + m] = layer.gelu ? gelu(sum[t]) : sum[t];
+    const float scale = layer.scales ? layer.scales[m] : 1.0f, bias = layer.bias ? layer.bias[m] : 0.0f;
+    for (int64_t t = 0; t < tile.tokens; ++t) {
+      const float y = sum[t] * scale + bias;
+      tile.y[t * layer.out_features + m] = layer.gelu ? gelu(y) : y;
+    }
   }
 }
 
 }  // namespace
 
-extern const DsLinearTier ds_linear_scalar = {kLanes, dense, sparse};
+extern const DsLinearTier ds_linear_scalar = {kLanes, kMaxTileTokens, sizeof(float), nullptr, dense, sparse, nullptr};
 
 }  // namespace dsformer

@@ -1,0 +1,297 @@
+// AVX-512 VNNI: int16 weights times tokens in 16-bit integers, with 32-bit sums: twice the multiply-adds of float32 an
+// instruction, half the bytes a product, and weights that are used as they are stored. FORMAT.md section 4 has the
+// scales, and why no sum can overflow.
+//
+// A multiply-add takes pairs: the two halves of each 32-bit lane of one operand times those of the other, added. In the
+// dense half a pair is two neighbouring columns of the block. In the sparse half it is two nonzeros of a row, whose
+// rows of products are interleaved in registers; products lie in memory in the order that makes this interleaving give
+// tokens 0 to 15 and 16 to 31.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "../ds_linear.h"
+
+namespace dsformer {
+namespace {
+
+#include "vec_avx512.inc"
+#include "gelu.inc"
+
+constexpr int64_t kGroup = 32;  // tokens: a vector of 16-bit products
+// Norm of a token's longest block, as an integer: below 32767 by what rounding can add.
+constexpr float kNorm = 32600.0f;
+// Tokens of smaller norm than this are zero: kNorm over it leaves float32's range.
+constexpr float kTiny = 1e-33f;
+// Squares within these have neither overflowed nor lost what matters.
+constexpr float kLeastSquare = 1e-24f, kLargestSquare = 1e37f;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t pairs_of(int64_t width) { return (width + 1) / 2; }
+
+__m512i load_int(const void* p) { return _mm512_loadu_si512(p); }
+// Two neighbouring numbers in every lane, and one with a zero beside it.
+__m512i broadcast_pair(const int16_t* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+__m512i broadcast_one(const int16_t* p) { return _mm512_set1_epi32(static_cast<uint16_t>(*p)); }
+
+// ---- tokens as integers ----
+
+float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+
+float largest_number(const float* x, int64_t n) {
+  Vec largest = zero();
+  for (int64_t b = 0; b < n; b += kLanes) {
+    largest = max(largest, _mm512_abs_ps(load_first(x + b, smaller(kLanes, n - b))));
+  }
+  return _mm512_reduce_max_ps(largest);
+}
+
+// Of one token: the largest norm of its blocks, or for tokens whose squares leave float32's range a bound of it;
+// infinite or NaN if the token is.
+float longest_block(const DsLinear& layer, const float* x) {
+  float largest = 0.0f, total = 0.0f;
+  for (int64_t block = 0; block < layer.n_blocks; ++block) {
+    const float* start = x + block * layer.width;
+    Vec squares = zero();
+    for (int64_t b = 0; b < layer.width; b += kLanes) {
+      const Vec v = load_first(start + b, smaller(kLanes, layer.width - b));
+      squares = fma(v, v, squares);
+    }
+    const float square = _mm512_reduce_add_ps(squares);
+    total += square;
+    largest = square > largest ? square : largest;
+  }
+  if (__builtin_isnan(total)) return total;
+  if (largest > kLeastSquare && total < kLargestSquare) return root(largest);
+  return largest_number(x, layer.in_features) * root(static_cast<float>(layer.width));
+}
+
+// 32 numbers (or fewer: the others are zero) as 16-bit integers.
+Vec quantized(const float* x, int64_t n, Vec scale) {
+  const Vec low = load_first(x, smaller(kLanes, n)) * scale;
+  const Vec high = n > kLanes ? load_first(x + kLanes, n - kLanes) * scale : zero();
+  const __m256i a = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low));
+  const __m256i b = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high));
+  return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+}
+
+// What `prepare` leaves: column pairs (N/B · pairs, pitch), then each token's factor (pitch): a sum of its products
+// times the row's scale times this is a number of the output.
+int32_t* pairs_at(const DsLinear&, const Tile& tile) { return static_cast<int32_t*>(tile.prepared); }
+float* factors_at(const DsLinear& layer, const Tile& tile) {
+  return static_cast<float*>(tile.prepared) + layer.n_blocks * pairs_of(layer.width) * tile.pitch;
+}
+
+static_assert(kPreparedTokens == kLanes, "prepare transposes one square of tokens at a time");
+
+void prepare(const DsLinear& layer, const Tile& tile, int64_t first) {
+  const int64_t pairs = pairs_of(layer.width), tokens = tile.tokens - first;
+  int32_t* out = pairs_at(layer, tile) + first;
+  float* factors = factors_at(layer, tile) + first;
+  Vec scales[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const float norm = i < tokens ? longest_block(layer, tile.x + (first + i) * layer.in_features) : 0.0f;
+    const bool usable = norm > kTiny && norm < __builtin_inff();
+    scales[i] = broadcast_value(usable ? kNorm / norm : 0.0f);
+    factors[i] = usable ? norm * (static_cast<float>(kLongestAtom) / kNorm) : norm <= kTiny ? 0.0f : __builtin_nanf("");
+  }
+  for (int64_t block = 0; block < layer.n_blocks; ++block) {
+    for (int64_t pair = 0; pair < pairs; pair += kLanes) {
+      const int64_t column = block * layer.width + 2 * pair;
+      Vec v[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        v[i] = i < tokens ? quantized(tile.x + (first + i) * layer.in_features + column,
+                                      smaller(2 * kLanes, layer.width - 2 * pair), scales[i])
+                          : zero();
+      }
+      transpose(v);
+      for (int64_t j = 0; j < smaller(kLanes, pairs - pair); ++j) {
+        store(reinterpret_cast<float*>(out + (block * pairs + pair + j) * tile.pitch), v[j]);
+      }
+    }
+  }
+}
+
+// ---- dense phase ----
+
+// R atoms times V vectors of 16 tokens -> R rows of 16-bit products. GCC 12 keeps the sums in registers only
+// if every loop over them is unrolled early, which it has to be told here and in `accumulate`.
+template <int R, int V>
+void multiply(const int16_t* atoms, int64_t width, const int32_t* x, int64_t pitch, int16_t* products) {
+  __m512i sum[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_si512();
+  }
+  int64_t b = 0;
+  for (; b + 2 <= width; b += 2, x += pitch) {
+    __m512i lanes[V];
+    for (int v = 0; v < V; ++v) lanes[v] = load_int(x + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const __m512i atom = broadcast_pair(atoms + r * width + b);
+      for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpwssd_epi32(sum[r][v], lanes[v], atom);
+    }
+  }
+  if (b < width) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m512i atom = broadcast_one(atoms + r * width + b);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpwssd_epi32(sum[r][v], load_int(x + v * kLanes), atom);
+    }
+  }
+  const __m512i half = _mm512_set1_epi32(1 << (kAtomBits - 1));
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v += 2) {
+      const __m512i low = _mm512_srai_epi32(_mm512_add_epi32(sum[r][v], half), kAtomBits);
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(sum[r][v + 1], half), kAtomBits);
+      // Packing works in 128-bit parts: four tokens of `low`, four of `high`, and so on. Interleaving undoes it.
+      _mm512_storeu_si512(products + r * pitch + v * kLanes, _mm512_packs_epi32(low, high));
+    }
+  }
+}
+
+// R atoms times all tokens of a tile, four or two vectors at a time.
+template <int R>
+void multiply_atoms(const int16_t* atoms, int64_t width, const int32_t* x, int64_t pitch, int16_t* products) {
+  int64_t t = 0;
+  for (; t + 4 * kLanes <= pitch; t += 4 * kLanes) multiply<R, 4>(atoms, width, x + t, pitch, products + t);
+  if (t < pitch) multiply<R, 2>(atoms, width, x + t, pitch, products + t);
+}
+
+void dense(const DsLinear& layer, const Tile& tile, int64_t block) {
+  constexpr int R = 6;  // with four vectors, 24 sums of the 32 registers
+  const int64_t width = layer.width, pitch = tile.pitch;
+  const int32_t* x = pairs_at(layer, tile) + block * pairs_of(width) * pitch;
+  const int16_t* atoms = static_cast<const int16_t*>(layer.dictionary) + block * layer.n_atoms * width;
+  int16_t* products = static_cast<int16_t*>(tile.products) + block * layer.n_atoms * pitch;
+  int64_t k = 0;
+  for (; k + R <= layer.n_atoms; k += R) multiply_atoms<R>(atoms + k * width, width, x, pitch, products + k * pitch);
+  for (; k < layer.n_atoms; ++k) multiply_atoms<1>(atoms + k * width, width, x, pitch, products + k * pitch);
+}
+
+// ---- sparse phase ----
+
+// sum (R rows of G groups of 32 tokens at `out`) += pairs of values times pairs of rows of products.
+template <int R, int G, typename Index>
+void accumulate(const Index* indices, const int16_t* values, int64_t count, const char* products, int32_t* out) {
+  constexpr int64_t pitch = G * kGroup, row_bytes = pitch * sizeof(int16_t);
+  __m512i sum[R][2 * G];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < 2 * G; ++v) sum[r][v] = load_int(out + r * pitch + v * kLanes);
+  }
+  int64_t s = 0;
+  for (; s + 2 <= count; s += 2) {
+    for (int r = 0; r < R; ++r) {
+      const char* a = products + indices[r * count + s] * row_bytes;
+      const char* b = products + indices[r * count + s + 1] * row_bytes;
+      const __m512i pair = broadcast_pair(values + r * count + s);
+      for (int g = 0; g < G; ++g) {
+        const __m512i rows_a = load_int(a + g * 64), rows_b = load_int(b + g * 64);
+        sum[r][2 * g] = _mm512_dpwssd_epi32(sum[r][2 * g], _mm512_unpacklo_epi16(rows_a, rows_b), pair);
+        sum[r][2 * g + 1] = _mm512_dpwssd_epi32(sum[r][2 * g + 1], _mm512_unpackhi_epi16(rows_a, rows_b), pair);
+      }
+    }
+  }
+  if (s < count) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      const char* a = products + indices[r * count + s] * row_bytes;
+      const __m512i one = broadcast_one(values + r * count + s);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const __m512i rows_a = load_int(a + g * 64);
+        sum[r][2 * g] = _mm512_dpwssd_epi32(sum[r][2 * g], _mm512_unpacklo_epi16(rows_a, rows_a), one);
+        sum[r][2 * g + 1] = _mm512_dpwssd_epi32(sum[r][2 * g + 1], _mm512_unpackhi_epi16(rows_a, rows_a), one);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < 2 * G; ++v) _mm512_storeu_si512(out + r * pitch + v * kLanes, sum[r][v]);
+  }
+}
+
+// Codes are read once a tile, a run of rows in each block: the hardware prefetcher learns of each run too late.
+void prefetch(const void* memory, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(memory) + i, _MM_HINT_T1);
+}
+
+template <int G, typename Index>
+void add_blocks(const DsLinear& layer, const Tile& tile, int64_t first, int64_t n_rows, int32_t* out) {
+  constexpr int64_t pitch = G * kGroup;
+  constexpr int R = G > 2 ? 1 : 2;  // sums of more rows would not stay in registers
+  const int64_t count = layer.n_nonzero, next_block = layer.out_features * count;
+  const Index* indices = static_cast<const Index*>(layer.indices) + first * count;
+  const int16_t* values = static_cast<const int16_t*>(layer.values) + first * count;
+  const char* products = static_cast<const char*>(tile.products);
+  for (int64_t block = 0; block < layer.n_blocks; ++block) {
+    if (block + 1 < layer.n_blocks) {
+      prefetch(indices + next_block, n_rows * count * static_cast<int64_t>(sizeof(Index)));
+      prefetch(values + next_block, n_rows * count * static_cast<int64_t>(sizeof(int16_t)));
+    }
+    int64_t r = 0;
+    for (; r + R <= n_rows; r += R) {
+      accumulate<R, G>(indices + r * count, values + r * count, count, products, out + r * pitch);
+    }
+    if (r < n_rows) accumulate<1, G>(indices + r * count, values + r * count, count, products, out + r * pitch);
+    indices += next_block;
+    values += next_block;
+    products += layer.n_atoms * pitch * static_cast<int64_t>(sizeof(int16_t));
+  }
+}
+
+// sums (count, pitch) -> y (tokens, M), columns [first, first + count).
+void finish(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count, const int32_t* sums) {
+  const float* factors = factors_at(layer, tile);
+  for (int64_t m = 0; m < count; m += kLanes) {
+    const int64_t columns = smaller(kLanes, count - m);
+    for (int64_t t = 0; t < tile.tokens; t += kLanes) {
+      const Vec factor = load(factors + t);
+      Vec v[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        if (i >= columns) {
+          v[i] = zero();
+          continue;
+        }
+        const Vec sum = _mm512_cvtepi32_ps(load_int(sums + (m + i) * tile.pitch + t));
+        const Vec bias = layer.bias ? broadcast(layer.bias + first + m + i) : zero();
+        v[i] = fma(sum * broadcast(layer.scales + first + m + i), factor, bias);
+        if (layer.gelu) v[i] = gelu(v[i]);
+      }
+      transpose(v);
+      float* y = tile.y + t * layer.out_features + first + m;
+      for (int64_t i = 0; i < smaller(kLanes, tile.tokens - t); ++i) {
+        store_first(y + i * layer.out_features, columns, v[i]);
+      }
+    }
+  }
+}
+
+template <int G>
+void sparse_tile(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count) {
+  int32_t* sums = static_cast<int32_t*>(tile.sums) + first * G * kGroup;
+  for (int64_t i = 0; i < count * G * kGroup; i += kLanes) _mm512_storeu_si512(sums + i, _mm512_setzero_si512());
+  (layer.wide ? add_blocks<G, uint16_t> : add_blocks<G, uint8_t>)(layer, tile, first, count, sums);
+  finish(layer, tile, first, count, sums);
+}
+
+void sparse(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count) {
+  switch (tile.pitch / kGroup) {
+    case 1: return sparse_tile<1>(layer, tile, first, count);
+    case 2: return sparse_tile<2>(layer, tile, first, count);
+    case 3: return sparse_tile<3>(layer, tile, first, count);
+    case 4: return sparse_tile<4>(layer, tile, first, count);
+  }
+}
+
+}  // namespace
+
+extern const DsLinearTier ds_linear_avx512vnni = {
+    kGroup, 4 * kGroup, sizeof(int16_t), prepare, dense, sparse, &ds_linear_avx512};
+
+}  // namespace dsformer
