@@ -211,7 +211,9 @@ def put_factors(model: ModelProto, factors: Sequence[Factors], storage: Storage)
             nodes, absorbed = _single(factor, inputs, members[0], weights, consumers)
         else:
             nodes, absorbed = _stacked(graph, factor, inputs, members, sizes), []
-        fresh[members[0].name] = nodes
+        # Where the last one absorbed stood: what the epilogue reads has been computed by then.
+        place = absorbed[-1] if absorbed else members[0]
+        fresh[place.name] = nodes
         gone.update(node.name for node in [*members, *absorbed])
     _replace_nodes(graph, fresh, gone)
     model.opset_import.append(helper.make_opsetid(DOMAIN, SINCE_VERSION))
@@ -251,7 +253,7 @@ def _member_sizes(factor: Factors, members: Sequence[NodeProto], weights: Mappin
     return [out_features for _, out_features in shapes]
 
 
-def _ds_linear(name: str, inputs: Mapping[str, str], output: str, activation: str = "none") -> NodeProto:
+def _ds_linear(name: str, inputs: Mapping[str, str], output: str, **attributes: Any) -> NodeProto:
     """inputs: names of tensors by the names of the op's inputs; those left out at the end are not written."""
     given = [inputs.get(each, "") for each in INPUT_NAMES]
     while not given[-1]:
@@ -262,8 +264,8 @@ def _ds_linear(name: str, inputs: Mapping[str, str], output: str, activation: st
         [output],
         name=name,
         domain=DOMAIN,
-        activation=activation,
         row_group=1,
+        **attributes,
     )
 
 
@@ -274,26 +276,44 @@ def _single(
     weights: Mapping[str, Any],
     consumers: Mapping[str, Sequence[NodeProto]],
 ) -> tuple[list[NodeProto], list[NodeProto]]:
-    """(new nodes, nodes absorbed beside the MatMul): a bias and a GELU that follow go into the op's epilogue.
-
-    A bias that the fusion moved into SkipLayerNormalization stays there.
+    """(new nodes, nodes absorbed beside the MatMul): what follows goes into the op's epilogue, be it a bias and a GELU,
+    or a bias, a residual and a layer normalization.
     """
-    output, bias, activation = matmul.output[0], "", "none"
+    names = {**inputs, "X": matmul.input[0]}
+    output, attributes = matmul.output[0], {"activation": "none"}
     absorbed: list[NodeProto] = []
-    while len(consumers[output]) == 1 and activation == "none":
+    while len(consumers[output]) == 1 and attributes["activation"] == "none" and "residual" not in names:
         (node,) = consumers[output]
-        constant = next((name for name in node.input if name in weights), "")
-        if node.op_type in ("BiasGelu", "Add") and constant and not bias:
-            if tuple(weights[constant].dims) != (factor.out_features,):
+        if node.op_type == "SkipLayerNormalization":
+            epilogue = _norm_epilogue(node, output, weights)
+            if not epilogue or ("bias" in names and "bias" in epilogue[0]):
                 break
-            bias = constant
-        elif node.op_type != "Gelu":
-            break
-        activation = "gelu" if node.op_type in ("BiasGelu", "Gelu") else "none"
+            names |= epilogue[0]
+            attributes |= epilogue[1]
+        elif node.op_type == "Gelu":
+            attributes["activation"] = "gelu"
+        else:
+            bias = next((name for name in node.input if name in weights), "")
+            fits = bias and tuple(weights[bias].dims) == (factor.out_features,)
+            if node.op_type not in ("BiasGelu", "Add") or not fits or "bias" in names:
+                break
+            names["bias"] = bias
+            attributes["activation"] = "gelu" if node.op_type == "BiasGelu" else "none"
         absorbed.append(node)
         output = node.output[0]
-    node = _ds_linear(factor.name, {**inputs, "X": matmul.input[0], "bias": bias}, output, activation)
-    return [node], absorbed
+    return [_ds_linear(factor.name, names, output, **attributes)], absorbed
+
+
+def _norm_epilogue(node: NodeProto, x: str, weights: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
+    """DSLinear's inputs and attributes that do what this SkipLayerNormalization does to x; None if none do."""
+    skip = [name for name in node.input[:2] if name != x]
+    parameters = dict(zip(("norm_weight", "norm_bias", "bias"), node.input[2:], strict=False))
+    given = {name: source for name, source in parameters.items() if source}
+    complete = len(skip) == 1 and "norm_bias" in given and all(source in weights for source in given.values())
+    if not complete or any(node.output[1:]):
+        return None
+    epsilon = next((value.f for value in node.attribute if value.name == "epsilon"), 1e-5)
+    return {**given, "residual": skip[0]}, {"norm_epsilon": epsilon}
 
 
 def _stacked(
@@ -309,7 +329,7 @@ def _stacked(
     graph.initializer.append(numpy_helper.from_array(np.array(sizes, dtype=np.int64), split))
     outputs = [node.output[0] for node in members]
     return [
-        _ds_linear(factor.name, {**inputs, "X": members[0].input[0]}, output),
+        _ds_linear(factor.name, {**inputs, "X": members[0].input[0]}, output, activation="none"),
         helper.make_node("Split", [output, split], outputs, name=f"{factor.name}.split", axis=-1),
     ]
 

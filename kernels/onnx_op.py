@@ -13,7 +13,17 @@ from kernels.integers import LARGEST_SUM, LONGEST_ATOM, largest_sums
 DOMAIN = "dsformer"
 OP_TYPE = "DSLinear"
 SINCE_VERSION = 1
-INPUT_NAMES = ("X", "dictionary", "indices", "values", "bias", "scales")
+INPUT_NAMES = (
+    "X",
+    "dictionary",
+    "indices",
+    "values",
+    "bias",
+    "scales",
+    "residual",
+    "norm_weight",
+    "norm_bias",
+)
 ACTIVATIONS = ("none", "gelu")
 MAX_ATOMS = 65536  # an index is at most uint16
 
@@ -31,11 +41,14 @@ def check_weights(
     values: npt.NDArray[Any],
     bias: npt.NDArray[Any] | None = None,
     scales: npt.NDArray[Any] | None = None,
+    norm_weight: npt.NDArray[Any] | None = None,
+    norm_bias: npt.NDArray[Any] | None = None,
 ) -> None:
     """Raises ValueError unless the arrays are valid inputs of a DSLinear node.
 
     dictionary : (N/B, K, B) float32, float16 or int16; indices : (N/B, M, S) uint8 or uint16, below K;
-    values : (N/B, M, S), the dictionary's type; bias : (M,) float32; scales : (M,) float32, for int16 only.
+    values : (N/B, M, S), the dictionary's type; bias, norm_weight, norm_bias : (M,) float32;
+    scales : (M,) float32, for int16 only.
     """
     if dictionary.dtype not in (np.float32, np.float16, np.int16):
         raise ValueError(f"dictionary: expected float32 or float16 or int16, got {dictionary.dtype}")
@@ -53,8 +66,13 @@ def check_weights(
         raise ValueError(f"indices: expected shape {values.shape}, that of values, got {indices.shape}")
     if indices.max() >= n_atoms:
         raise ValueError(f"indices: expected numbers below {n_atoms} (atoms per block), got {indices.max()}")
-    if bias is not None and (bias.dtype != np.float32 or bias.shape != values.shape[1:2]):
-        raise ValueError(f"bias: expected float32 of shape {values.shape[1:2]}, got {bias.dtype} of {bias.shape}")
+    for name, numbers in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias), ("scales", scales)):
+        if numbers is not None and (numbers.dtype != np.float32 or numbers.shape != values.shape[1:2]):
+            raise ValueError(
+                f"{name}: expected float32 of shape {values.shape[1:2]}, got {numbers.dtype} of {numbers.shape}"
+            )
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_weight and norm_bias: expected both or neither")
     if dictionary.dtype == np.int16:
         _check_integers(dictionary, indices, values, scales)
     elif scales is not None:
@@ -67,9 +85,8 @@ def _check_integers(
     values: npt.NDArray[Any],
     scales: npt.NDArray[Any] | None,
 ) -> None:
-    if scales is None or scales.dtype != np.float32 or scales.shape != values.shape[1:2]:
-        found = "none" if scales is None else f"{scales.dtype} of {scales.shape}"
-        raise ValueError(f"scales: expected float32 of shape {values.shape[1:2]}, got {found}")
+    if scales is None:
+        raise ValueError(f"scales: expected float32 of shape {values.shape[1:2]}, which int16 weights need")
     if not np.isfinite(scales).all():
         raise ValueError(f"scales: expected finite numbers, got {scales[~np.isfinite(scales)][0]}")
     squares = (dictionary.astype(np.int64) ** 2).sum(axis=2)

@@ -18,12 +18,16 @@ def ds_linear(
     values: npt.NDArray[Any],
     bias: npt.NDArray[Any] | None = None,
     scales: npt.NDArray[Any] | None = None,
+    residual: npt.NDArray[Any] | None = None,
+    norm_weight: npt.NDArray[Any] | None = None,
+    norm_bias: npt.NDArray[Any] | None = None,
+    norm_epsilon: float = 1e-5,
     activation: str = "none",
 ) -> Float64Array:
-    """y = scales · Σ_i S_i (D_i x_i) + bias, then the activation.
+    """y = activation(scales · Σ_i S_i (D_i x_i) + bias) + residual, then layer normalization over the features.
 
-    x : (..., N); dictionary : (N/B, K, B); indices, values : (N/B, M, S); bias, scales : (M,).
-    activation : "none" or "gelu" (exact, with erf).
+    x : (..., N); dictionary : (N/B, K, B); indices, values : (N/B, M, S); bias, scales, norm_weight, norm_bias : (M,);
+    residual : (..., M). activation : "none" or "gelu" (exact, with erf). norm_epsilon : added to the variance.
     Returns (..., M).
     """
     n_blocks, n_atoms, width = dictionary.shape
@@ -37,10 +41,15 @@ def ds_linear(
     if bias is not None:
         y += bias
     if activation == "gelu":
-        return np.asarray(0.5 * y * (1 + _erf(y / math.sqrt(2))), np.float64)
-    if activation != "none":
+        y = 0.5 * y * (1 + _erf(y / math.sqrt(2)))
+    elif activation != "none":
         raise ValueError(f"activation: expected none or gelu, got {activation!r}")
-    return y
+    if residual is not None:
+        y = y + residual
+    if norm_weight is not None and norm_bias is not None:
+        variance = y.var(axis=-1, keepdims=True)
+        y = (y - y.mean(axis=-1, keepdims=True)) / np.sqrt(variance + norm_epsilon) * norm_weight + norm_bias
+    return np.asarray(y, np.float64)
 
 
 def dense_codes(indices: npt.NDArray[Any], values: npt.NDArray[Any], n_atoms: int) -> Float64Array:

@@ -20,9 +20,11 @@ class Case(NamedTuple):
     storage: str = "float32"  # of dictionary and values
     bias: bool = True
     activation: str = "none"
+    residual: bool = False
+    norm: bool = False
 
     def arrays(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """dictionary, indices, values and, if the case has them, bias and scales."""
+        """dictionary, indices, values and, if the case has them, bias, scales, norm_weight and norm_bias."""
         rng = np.random.default_rng(seed)
         number = np.float16 if self.storage == "float16" else np.float32
         codes = (self.n_blocks, self.rows, self.n_nonzero)
@@ -33,6 +35,9 @@ class Case(NamedTuple):
         }
         if self.bias:
             arrays["bias"] = rng.standard_normal(self.rows).astype(np.float32)
+        if self.norm:
+            arrays["norm_weight"] = rng.uniform(0.5, 2, self.rows).astype(np.float32)
+            arrays["norm_bias"] = rng.standard_normal(self.rows).astype(np.float32)
         if self.storage == "int16":
             weights = [arrays[name] for name in ("dictionary", "indices", "values")]
             arrays["dictionary"], arrays["values"], arrays["scales"] = to_int16(*weights)
@@ -63,12 +68,17 @@ EDGE_CASES = (
     Case("k257-uint16-int16", 2, 8, 257, 33, 3, storage="int16"),
     Case("many-nonzeros-int16", 1, 8, 700, 9, 600, storage="int16"),
     Case("wide-block-int16", 2, 150, 20, 17, 7, storage="int16"),
+    Case("bert-output-norm", 4, 64, 96, 768, 12, residual=True, norm=True),
+    Case("minilm-output-norm-int16", 12, 32, 48, 384, 6, storage="int16", residual=True, norm=True),
+    Case("odd-residual", 3, 17, 37, 53, 5, residual=True, activation="gelu"),
+    Case("odd-norm", 3, 17, 37, 53, 5, norm=True),
+    Case("few-rows-norm-int16", 3, 17, 37, 7, 5, storage="int16", residual=True, norm=True),
 )
 # Around every vector and tile edge: (batch, sequence).
 EDGE_TOKENS = ((1, 1), (1, 15), (1, 16), (1, 17), (2, 24), (1, 63), (1, 65), (3, 43), (0, 5))
 
 # More tokens than a call keeps in scratch at once.
-GROUPS_CASE = Case("several-groups", 12, 64, 384, 20, 3)
+GROUPS_CASE = Case("several-groups", 12, 64, 384, 20, 3, residual=True, norm=True)
 GROUPS_TOKENS = ((1, 200),)
 
 # Layers of real models at the presets, for benchmarks; 128 tokens is the usual length.

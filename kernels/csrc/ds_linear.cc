@@ -49,11 +49,15 @@ int64_t prepared_floats(const DsLinear& layer, const DsLinearTier& tier, int64_t
   return tier.prepare ? (layer.n_blocks * ((layer.width + 1) / 2) + 1) * pitch : 0;
 }
 
+// Tokens of one task of the last phase: enough to be worth a task, few enough that even a short text makes several.
+constexpr int64_t kNormalizedTokens = 8;
+
 struct Group {
   const DsLinear& layer;
   const DsLinearTier& tier;
   const Plan& plan;
   const float* x;
+  const float* residual;
   float* y;
   int64_t tokens;
   float* scratch;
@@ -90,6 +94,15 @@ void sparse_task(void* data, size_t task) {
                     std::min(group.plan.chunk_rows, group.layer.out_features - first));
 }
 
+void normalize_task(void* data, size_t task) {
+  const Group& group = *static_cast<const Group*>(data);
+  const int64_t first = static_cast<int64_t>(task) * kNormalizedTokens, start = first * group.layer.out_features;
+  group.tier.normalize(group.layer, group.residual ? group.residual + start : nullptr, group.y + start,
+                       std::min(kNormalizedTokens, group.tokens - first));
+}
+
+size_t tasks_of(int64_t n, int64_t each) { return static_cast<size_t>((n + each - 1) / each); }
+
 }  // namespace
 
 const DsLinearTier& suited(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
@@ -113,21 +126,23 @@ Plan make_plan(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) 
   return plan;
 }
 
-void ds_linear(const DsLinear& layer, const DsLinearTier& tier, const Plan& plan, const float* x, float* y,
-               int64_t tokens, float* scratch, const Executor& executor) {
+void ds_linear(const DsLinear& layer, const DsLinearTier& tier, const Plan& plan, const float* x, const float* residual,
+               float* y, int64_t tokens, float* scratch, const Executor& executor) {
   const int64_t group_tokens = plan.group_tiles * plan.tile_tokens;
   const int64_t n_chunks = round_up(layer.out_features, plan.chunk_rows) / plan.chunk_rows;
   for (int64_t first = 0; first < tokens; first += group_tokens) {
     const int64_t count = std::min(group_tokens, tokens - first);
     const int64_t n_tiles = round_up(count, plan.tile_tokens) / plan.tile_tokens;
-    Group group{layer,   tier,    plan,    x + first * layer.in_features, y + first * layer.out_features,
-                count,   scratch, n_chunks};
-    if (tier.prepare) {
-      const int64_t padded = round_up(count, tier.lanes);
-      executor.run(executor.context, prepare_task, static_cast<size_t>(padded / kPreparedTokens), &group);
-    }
-    executor.run(executor.context, dense_task, static_cast<size_t>(n_tiles * layer.n_blocks), &group);
-    executor.run(executor.context, sparse_task, static_cast<size_t>(n_tiles * n_chunks), &group);
+    const int64_t start = first * layer.out_features;
+    Group group{layer, tier, plan, x + first * layer.in_features, residual ? residual + start : nullptr,
+                y + start, count, scratch, n_chunks};
+    const auto run = [&](void (*task)(void*, size_t), size_t n_tasks) {
+      executor.run(executor.context, task, n_tasks, &group);
+    };
+    if (tier.prepare) run(prepare_task, tasks_of(round_up(count, tier.lanes), kPreparedTokens));
+    run(dense_task, tasks_of(n_tiles * layer.n_blocks, 1));
+    run(sparse_task, tasks_of(n_tiles * n_chunks, 1));
+    if (residual || layer.norm_weight) run(normalize_task, tasks_of(count, kNormalizedTokens));
   }
 }
 

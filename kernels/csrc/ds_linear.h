@@ -1,9 +1,12 @@
-// The op's computation, free of ONNX Runtime: y = sum_i S_i (D_i x_i) + bias, then an activation.
+// The op's computation, free of ONNX Runtime: y = sum_i S_i (D_i x_i) + bias, an activation, and perhaps a residual and
+// a layer normalization.
 //
 // Work is cut into tiles of tokens, and lanes of a vector are tokens: a nonzero of S then costs one broadcast and
-// plain vector loads, with no gather. Two phases, each a set of independent tasks:
-//   dense   (tile, block):         products_i = D_i x_i, after transposing the tile's part of X;
-//   sparse  (tile, chunk of rows): all blocks' S_i products_i, bias, activation, transposed back into Y.
+// plain vector loads, with no gather. Phases, each a set of independent tasks:
+//   prepare    (some tokens):         X in integers, only in tiers that compute in them;
+//   dense      (tile, block):         products_i = D_i x_i, after transposing the tile's part of X;
+//   sparse     (tile, chunk of rows): all blocks' S_i products_i, bias, activation, transposed back into Y;
+//   normalize  (some tokens):         residual and layer normalization, only in layers that have them.
 // FORMAT.md has the layouts and the reasons for the tile sizes.
 //
 // Compiled under different instruction-set flags: plain structs only, no inline functions (see omp.h).
@@ -39,6 +42,9 @@ struct DsLinear {
   const void* values;      // (N/B, M, S)
   const float* bias;       // (M) or null
   const float* scales;     // (M), what the sums of int16 weights are multiplied by; null for floats
+  const float* norm_weight;  // (M), or null: no layer normalization
+  const float* norm_bias;    // (M)
+  float norm_epsilon;        // added to the variance
 };
 
 // Consecutive tokens and their scratch. Lanes from `tokens` up to `pitch` hold products of zeros.
@@ -61,6 +67,8 @@ struct DsLinearTier {
   void (*dense)(const DsLinear& layer, const Tile& tile, int64_t block);
   // Rows [first, first + count) of the output.
   void (*sparse)(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count);
+  // y (tokens, M) in place: the residual (tokens, M) added if there is one, the layer's normalization if it has one.
+  void (*normalize)(const DsLinear& layer, const float* residual, float* y, int64_t tokens);
   // The tier for what this one does not suit: float weights, calls of few tokens. Null: it suits everything.
   const DsLinearTier* plain;
 };
@@ -94,8 +102,8 @@ struct Executor {
   void (*run)(void* context, void (*body)(void* data, size_t task), size_t n_tasks, void* data);
 };
 
-// x (tokens, N), y (tokens, M), scratch of plan.scratch_floats floats, 64-byte aligned.
-void ds_linear(const DsLinear& layer, const DsLinearTier& tier, const Plan& plan, const float* x, float* y,
-               int64_t tokens, float* scratch, const Executor& executor);
+// x (tokens, N), residual (tokens, M) or null, y (tokens, M), scratch of plan.scratch_floats floats, 64-byte aligned.
+void ds_linear(const DsLinear& layer, const DsLinearTier& tier, const Plan& plan, const float* x, const float* residual,
+               float* y, int64_t tokens, float* scratch, const Executor& executor);
 
 }  // namespace dsformer

@@ -22,12 +22,20 @@ constexpr char kDomain[] = "dsformer";
 constexpr char kOpType[] = "DSLinear";
 constexpr int kSinceVersion = 1;
 
-enum Input : size_t { kX, kDictionary, kIndices, kValues, kBias, kScales, kInputCount };
-constexpr const char* kInputNames[] = {"X", "dictionary", "indices", "values", "bias", "scales"};
+enum Input : size_t {
+  kX, kDictionary, kIndices, kValues, kBias, kScales, kResidual, kNormWeight, kNormBias, kInputCount
+};
+constexpr const char* kInputNames[] = {"X",      "dictionary", "indices",     "values",   "bias",
+                                       "scales", "residual",   "norm_weight", "norm_bias"};
+bool is_optional(size_t input) { return input >= kBias; }
+// The weights' own types are checked when the kernel is made; the others are float32 always.
+bool is_float32(size_t input) { return input == kX || is_optional(input); }
 
 constexpr size_t kScratchAlignment = 64;
 
 constexpr char kNoScales[] = "scales: expected none, because only int16 weights have them";
+constexpr char kNoConstantScales[] = "scales: expected a constant (an initializer of the graph), for int16 weights";
+constexpr char kHalfANorm[] = "norm_weight and norm_bias: expected both as constants, or neither";
 
 using Shape = std::vector<int64_t>;
 
@@ -127,6 +135,13 @@ class NodeReader {
     return absent;
   }
 
+  float float_attribute(const char* attribute, float absent) const {
+    float value = 0;
+    if (succeeded(api_, api_.KernelInfoGetAttribute_float(info_, attribute, &value))) return value;
+    require_absent(attribute, "a float");
+    return absent;
+  }
+
   // False unless the input is there and a constant of the graph.
   bool constant(Input input, Tensor* tensor) const {
     int is_constant = 0;
@@ -193,14 +208,17 @@ void require_short_atoms(const Tensor& dictionary) {
   }
 }
 
-const float* read_scales(const NodeReader& node, int64_t out_features) {
-  Tensor scales;
-  if (!node.constant(kScales, &scales)) {
-    throw BadNode("scales: expected a constant (an initializer of the graph), which int16 weights need");
-  }
-  require_type(kScales, scales, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
-  require_shape(kScales, scales, to_string({out_features}), scales.shape == Shape{out_features});
-  return static_cast<const float*>(scales.data);
+// A number a row of the output.
+const float* row_numbers(Input input, const Tensor& tensor, int64_t out_features) {
+  require_type(input, tensor, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
+  require_shape(input, tensor, to_string({out_features}), tensor.shape == Shape{out_features});
+  return static_cast<const float*>(tensor.data);
+}
+
+// The same of a constant; null if there is none.
+const float* constant_row_numbers(const NodeReader& node, Input input, int64_t out_features) {
+  Tensor tensor;
+  return node.constant(input, &tensor) ? row_numbers(input, tensor, out_features) : nullptr;
 }
 
 DsLinear read_layer(const NodeReader& node) {
@@ -247,9 +265,17 @@ DsLinear read_layer(const NodeReader& node) {
   }
   if (layer.number == Number::int16) {
     require_short_atoms(dictionary);
-    layer.scales = read_scales(node, layer.out_features);
+    layer.scales = constant_row_numbers(node, kScales, layer.out_features);
+    if (!layer.scales) throw BadNode(kNoConstantScales);
   } else if (Tensor unused; node.constant(kScales, &unused)) {
     throw BadNode(kNoScales);
+  }
+  layer.norm_weight = constant_row_numbers(node, kNormWeight, layer.out_features);
+  layer.norm_bias = constant_row_numbers(node, kNormBias, layer.out_features);
+  if (!layer.norm_weight != !layer.norm_bias) throw BadNode(kHalfANorm);
+  layer.norm_epsilon = node.float_attribute("norm_epsilon", 1e-5f);
+  if (!(layer.norm_epsilon >= 0)) {
+    throw BadNode("attribute norm_epsilon: expected 0 or more, got " + std::to_string(layer.norm_epsilon));
   }
 
   const std::string activation = node.string_attribute("activation", "none");
@@ -263,12 +289,6 @@ DsLinear read_layer(const NodeReader& node) {
                   std::to_string(row_group));
   }
   return layer;
-}
-
-const float* checked_bias(const Tensor& bias, int64_t out_features) {
-  require_type(kBias, bias, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
-  require_shape(kBias, bias, to_string({out_features}), bias.shape == Shape{out_features});
-  return static_cast<const float*>(bias.data);
 }
 
 // ---- computing ----
@@ -316,8 +336,7 @@ struct Pool {
 class Kernel {
  public:
   Kernel(const OrtApi& api, const NodeReader& node) : api_(api), name_(node.name()), layer_(read_layer(node)) {
-    Tensor bias;
-    if (node.constant(kBias, &bias)) checked_bias(bias, layer_.out_features);
+    constant_row_numbers(node, kBias, layer_.out_features);  // computed ones are checked at the call
     const Choice& chosen = choice();
     if (!chosen.tier) throw BadNode(chosen.message);
     tier_ = chosen.tier->ds_linear;
@@ -336,17 +355,21 @@ class Kernel {
     require_shape(kX, x, "[..., " + std::to_string(layer_.in_features) + "]",
                   !x.shape.empty() && x.shape.back() == layer_.in_features);
     DsLinear layer = layer_;
-    size_t n_inputs = 0;
-    check(api_, api_.KernelContext_GetInputCount(context, &n_inputs));
-    if (n_inputs > kBias) {
-      if (const OrtValue* bias = input(context, kBias)) {
-        layer.bias = checked_bias(read_tensor(api_, bias), layer.out_features);
-      }
+    if (const OrtValue* bias = optional(context, kBias)) {
+      layer.bias = row_numbers(kBias, read_tensor(api_, bias), layer.out_features);
     }
-    if (n_inputs > kScales && !layer.scales && input(context, kScales)) throw BadNode(kNoScales);
+    if (!layer.scales && optional(context, kScales)) throw BadNode(kNoScales);
+    if (!layer.norm_weight && (optional(context, kNormWeight) || optional(context, kNormBias))) throw BadNode(kHalfANorm);
 
     Shape y_shape = x.shape;
     y_shape.back() = layer.out_features;
+    const float* residual = nullptr;
+    if (const OrtValue* value = optional(context, kResidual)) {
+      const Tensor tensor = read_tensor(api_, value);
+      require_type(kResidual, tensor, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
+      require_shape(kResidual, tensor, to_string(y_shape) + ", that of Y", tensor.shape == y_shape);
+      residual = static_cast<const float*>(tensor.data);
+    }
     OrtValue* y = nullptr;
     check(api_, api_.KernelContext_GetOutput(context, 0, y_shape.data(), y_shape.size(), &y));
     const int64_t tokens = x.size() / layer.in_features;
@@ -358,7 +381,7 @@ class Kernel {
     const Plan plan = make_plan(layer, tier, tokens);
     const Scratch scratch(api_, context, memory_info_, static_cast<size_t>(plan.scratch_floats));
     Pool pool{api_, context};
-    ds_linear(layer, tier, plan, static_cast<const float*>(x.data), static_cast<float*>(y_data), tokens,
+    ds_linear(layer, tier, plan, static_cast<const float*>(x.data), residual, static_cast<float*>(y_data), tokens,
               scratch.floats(), {&pool, Pool::run});
   }
 
@@ -367,6 +390,13 @@ class Kernel {
     const OrtValue* value = nullptr;
     check(api_, api_.KernelContext_GetInput(context, index, &value));
     return value;
+  }
+
+  // Null if the input is left out.
+  const OrtValue* optional(const OrtKernelContext* context, size_t index) const {
+    size_t n_inputs = 0;
+    check(api_, api_.KernelContext_GetInputCount(context, &n_inputs));
+    return index < n_inputs ? input(context, index) : nullptr;
   }
 
   const OrtApi& api_;
@@ -466,11 +496,10 @@ OrtCustomOp make_op() {
   op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputCount; };
   op.GetInputType = [](const OrtCustomOp*, size_t index) {
     // Undefined means any type here; the kernel's creation checks which.
-    return index == kX || index == kBias || index == kScales ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
-                                         : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    return is_float32(index) ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
-    return index == kBias || index == kScales ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+    return is_optional(index) ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };

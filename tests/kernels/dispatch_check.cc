@@ -6,7 +6,7 @@
 
 namespace dsformer {
 const OmpTier omp_scalar{}, omp_avx2{}, omp_avx512{};
-const DsLinearTier ds_linear_scalar{}, ds_linear_avx2{}, ds_linear_avx512{};
+const DsLinearTier ds_linear_scalar{}, ds_linear_avx2{}, ds_linear_avx512{}, ds_linear_avx512vnni{};
 }  // namespace dsformer
 
 static void expect(const char* forced, const char* name, const char* message) {

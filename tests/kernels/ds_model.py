@@ -13,19 +13,20 @@ from kernels.onnx_op import DOMAIN, INPUT_NAMES, OP_TYPE, SINCE_VERSION
 def one_node_model(arrays: dict[str, np.ndarray], x_shape=None, inputs=("X",), **attributes) -> bytes:
     """A serialized model Y = DSLinear(X, arrays...); `inputs` are graph inputs, the other arrays initializers.
 
-    An IR version that ONNX Runtime 1.17 reads.
+    A residual is always a graph input. An IR version that ONNX Runtime 1.17 reads.
     """
     dictionary = arrays["dictionary"]
     if x_shape is None:
         x_shape = ["batch", "sequence", dictionary.shape[0] * dictionary.shape[-1]]
-    names = [name if name == "X" or name in arrays else "" for name in INPUT_NAMES]
+    names = [name if name in inputs or name in arrays else "" for name in INPUT_NAMES]
     while not names[-1]:
         names.pop()
     node = helper.make_node(OP_TYPE, names, ["Y"], name="layer_7", domain=DOMAIN, **attributes)
     graph_inputs = [helper.make_tensor_value_info("X", TensorProto.FLOAT, x_shape)]
     for name in inputs[1:]:
-        kind = helper.np_dtype_to_tensor_dtype(arrays[name].dtype)
-        graph_inputs.append(helper.make_tensor_value_info(name, kind, arrays[name].shape))
+        kind = TensorProto.FLOAT if name == "residual" else helper.np_dtype_to_tensor_dtype(arrays[name].dtype)
+        shape = [*x_shape[:-1], arrays["values"].shape[1]] if name == "residual" else arrays[name].shape
+        graph_inputs.append(helper.make_tensor_value_info(name, kind, shape))
     initializers = [numpy_helper.from_array(arrays[n], n) for n in names[1:] if n and n not in inputs]
     output = helper.make_tensor_value_info("Y", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "one_node", graph_inputs, [output], initializers)

@@ -1,7 +1,7 @@
 """Runs every model of a folder: `python run_models.py LIBRARY FOLDER`, with any Python that has onnxruntime.
 
-For NAME.onnx reads the inputs x0, x1, … of NAME.npz, and writes NAME.out.npz: y0, y1, … with one thread and t0, t1, …
-with two. Prints the version of ONNX Runtime and the inferred output shapes.
+For NAME.onnx reads the inputs X0, X1, … (and residual0, …) of NAME.npz, and writes NAME.out.npz: y0, y1, … with one
+thread and t0, t1, … with two. Prints the version of ONNX Runtime and the inferred output shapes.
 """
 
 import sys
@@ -20,9 +20,10 @@ def main(library: str, folder: Path) -> None:
             options.register_custom_ops_library(library)
             options.intra_op_num_threads = threads
             session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            names = [node.name for node in session.get_inputs()]
             with np.load(model.with_suffix(".npz")) as inputs:
-                for name in inputs.files:
-                    outputs[prefix + name[1:]] = session.run(None, {"X": inputs[name]})[0]
+                for i in range(len(inputs.files) // len(names)):
+                    outputs[f"{prefix}{i}"] = session.run(None, {name: inputs[f"{name}{i}"] for name in names})[0]
         print(model.stem, session.get_outputs()[0].shape)
         np.savez(model.with_suffix(".out.npz"), **outputs)
 

@@ -60,6 +60,14 @@ BAD_WEIGHTS = {
         lambda a: a.update(scales=np.ones(53, np.float32)),
         "scales: expected none, because only int16 weights have them",
     ),
+    "half-a-norm": (
+        lambda a: a.update(norm_weight=np.ones(53, np.float32)),
+        "norm_weight and norm_bias: expected both as constants, or neither|norm_weight and norm_bias: expected both or",
+    ),
+    "norm-shape": (
+        lambda a: a.update(norm_weight=np.ones(53, np.float32), norm_bias=np.ones(52, np.float32)),
+        r"norm_bias: expected .*shape [\[(]53",
+    ),
 }
 BAD_INTEGERS = {
     "no-scales": (lambda a: a.pop("scales"), "scales: expected (a constant|float32 of shape)"),
@@ -124,6 +132,8 @@ def test_bias_of_another_type_is_refused():
         ({"activation": 1}, "attribute activation: expected a string"),
         ({"row_group": 4}, "attribute row_group: expected 1 .*, got 4"),
         ({"row_group": "1"}, "attribute row_group: expected an integer"),
+        ({"norm_epsilon": -1.0}, "attribute norm_epsilon: expected 0 or more, got -1"),
+        ({"norm_epsilon": 1}, "attribute norm_epsilon: expected a float"),
         ({"row_group": 1.0}, "attribute row_group: expected an integer"),
     ],
 )
@@ -148,6 +158,23 @@ def test_bias_may_be_computed_and_is_checked_at_the_call():
     dynamic = one_node_model({**arrays, "bias": np.zeros(50, np.float32)}, inputs=("X", "bias"))
     with pytest.raises(REFUSED, match=r"DSLinear node 'layer_7': bias: expected shape \[53\], got \[50\]"):
         session(dynamic).run(None, {"X": x[None], "bias": np.zeros(50, np.float32)})
+
+
+def test_a_norm_must_be_constant():
+    arrays = {**odd_arrays(), "norm_weight": np.ones(53, np.float32), "norm_bias": np.ones(53, np.float32)}
+    model = session(one_node_model(arrays, x_shape=["tokens", 51], inputs=("X", "norm_weight", "norm_bias")))
+    given = {name: arrays[name] for name in ("norm_weight", "norm_bias")}
+    with pytest.raises(REFUSED, match="DSLinear node 'layer_7': norm_weight and norm_bias: expected both as constants"):
+        model.run(None, {"X": np.zeros((2, 51), np.float32), **given})
+
+
+def test_a_residual_of_another_shape_is_refused_and_the_session_lives_on():
+    model = session(one_node_model(odd_arrays(), x_shape=["tokens", 51], inputs=("X", "residual")))
+    x = np.zeros((2, 51), np.float32)
+    message = r"DSLinear node 'layer_7': residual: expected shape \[2, 53\], that of Y, got \[1, 53\]"
+    with pytest.raises(REFUSED, match=message):
+        model.run(None, {"X": x, "residual": np.zeros((1, 53), np.float32)})
+    assert model.run(None, {"X": x, "residual": np.zeros((2, 53), np.float32)})[0].shape == (2, 53)
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,17 @@ def write_models(folder):
     for case, tokens in [(c, EDGE_TOKENS) for c in EDGE_CASES] + [(GROUPS_CASE, GROUPS_TOKENS)]:
         rng = np.random.default_rng(1)
         arrays = case.arrays()
-        model = one_node_model(arrays, activation=case.activation)
+        names = ("X", "residual") if case.residual else ("X",)
+        model = one_node_model(arrays, inputs=names, activation=case.activation)
         (folder / f"{case.name}.onnx").write_bytes(model)
-        n_inputs = case.n_blocks * case.width
-        xs = [rng.standard_normal((*shape, n_inputs)).astype(np.float32) for shape in tokens]
-        np.savez(folder / f"{case.name}.npz", **{f"x{i}": x for i, x in enumerate(xs)})
-        outputs = [reference.ds_linear(x, **arrays, activation=case.activation) for x in xs]
+        features = {"X": case.n_blocks * case.width, "residual": case.rows}
+        inputs = [
+            {name: rng.standard_normal((*shape, features[name])).astype(np.float32) for name in names}
+            for shape in tokens
+        ]
+        named = {f"{name}{i}": tensor for i, each in enumerate(inputs) for name, tensor in each.items()}
+        np.savez(folder / f"{case.name}.npz", **named)
+        outputs = [reference.ds_linear(each.pop("X"), **arrays, **each, activation=case.activation) for each in inputs]
         expected.append((case, outputs))
     return expected
 

@@ -32,6 +32,12 @@ Vec from_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinte
 Vec from_int16(const uint16_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+float total(Vec v) {
+  const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
+  return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
+}
+float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 
 Vec unpack_low_pairs(Vec a, Vec b) {
   return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
@@ -61,6 +67,7 @@ void transpose(Vec* v) {
 
 }  // namespace
 
-extern const DsLinearTier ds_linear_avx2 = {kLanes, kMaxTileTokens, sizeof(float), nullptr, dense, sparse, nullptr};
+extern const DsLinearTier ds_linear_avx2 = {kLanes, kMaxTileTokens, sizeof(float), nullptr, dense, sparse, normalize,
+                                             nullptr};
 
 }  // namespace dsformer

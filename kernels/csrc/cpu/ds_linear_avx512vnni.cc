@@ -17,6 +17,7 @@ namespace {
 
 #include "vec_avx512.inc"
 #include "gelu.inc"
+#include "normalize.inc"
 
 constexpr int64_t kGroup = 32;  // tokens: a vector of 16-bit products
 // Norm of a token's longest block, as an integer: below 32767 by what rounding can add.
@@ -39,8 +40,6 @@ __m512i broadcast_pair(const int16_t* p) {
 __m512i broadcast_one(const int16_t* p) { return _mm512_set1_epi32(static_cast<uint16_t>(*p)); }
 
 // ---- tokens as integers ----
-
-float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 
 float largest_number(const float* x, int64_t n) {
   Vec largest = zero();
@@ -292,6 +291,6 @@ void sparse(const DsLinear& layer, const Tile& tile, int64_t first, int64_t coun
 }  // namespace
 
 extern const DsLinearTier ds_linear_avx512vnni = {
-    kGroup, 4 * kGroup, sizeof(int16_t), prepare, dense, sparse, &ds_linear_avx512};
+    kGroup, 4 * kGroup, sizeof(int16_t), prepare, dense, sparse, normalize, &ds_linear_avx512};
 
 }  // namespace dsformer

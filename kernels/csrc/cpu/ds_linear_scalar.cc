@@ -74,8 +74,25 @@ void sparse(const DsLinear& layer, const Tile& tile, int64_t first, int64_t coun
   }
 }
 
+void normalize(const DsLinear& layer, const float* residual, float* y, int64_t tokens) {
+  const int64_t n = layer.out_features;
+  for (int64_t t = 0; t < tokens; ++t, y += n) {
+    if (residual) add_scaled(y, 1.0f, residual + t * n, n);
+    if (!layer.norm_weight) continue;
+    double sum = 0, square = 0;
+    for (int64_t m = 0; m < n; ++m) sum += y[m];
+    const double mean = sum / static_cast<double>(n);
+    for (int64_t m = 0; m < n; ++m) square += (y[m] - mean) * (y[m] - mean);
+    const double scale = 1 / std::sqrt(square / static_cast<double>(n) + layer.norm_epsilon);
+    for (int64_t m = 0; m < n; ++m) {
+      y[m] = static_cast<float>((y[m] - mean) * scale) * layer.norm_weight[m] + layer.norm_bias[m];
+    }
+  }
+}
+
 }  // namespace
 
-extern const DsLinearTier ds_linear_scalar = {kLanes, kMaxTileTokens, sizeof(float), nullptr, dense, sparse, nullptr};
+extern const DsLinearTier ds_linear_scalar = {kLanes, kMaxTileTokens, sizeof(float), nullptr, dense, sparse, normalize,
+                                               nullptr};
 
 }  // namespace dsformer
