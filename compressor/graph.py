@@ -3,7 +3,8 @@
 1. `trace`: PyTorch's graph, in standard operators.
 2. `fuse`: ONNX Runtime's optimizer finds attention, skip + layer norm and bias + GELU. Its patterns all look for
    MatMul, so this must come before the next step; Q, K and V stay MatMuls outside of the attention node.
-3. `put_factors`: DSLinear in place of the MatMuls of factorized layers, one for Q, K and V together.
+3. `put_factors`: DSLinear in place of the MatMuls of factorized layers and of what follows them: bias, GELU, residual
+   and layer norm. One for Q, K and V together, and our Attention after it.
 4. `store_float16`: large weights in half the bytes, computed in float32 all the same.
 """
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from kernels.integers import to_int16
-from kernels.onnx_op import DOMAIN, INPUT_NAMES, OP_TYPE, SINCE_VERSION, index_dtype
+from kernels.onnx_op import ATTENTION_OP_TYPE, DOMAIN, INPUT_NAMES, MAX_HEAD_WIDTH, OP_TYPE, SINCE_VERSION, index_dtype
 
 # How weights lie in the file. int16: DSLinear's as 16-bit integers, which need no more bytes than float16 and can be
 # multiplied as they are; other large weights as float16.
@@ -210,7 +211,7 @@ def put_factors(model: ModelProto, factors: Sequence[Factors], storage: Storage)
         if len(members) == 1:
             nodes, absorbed = _single(factor, inputs, members[0], weights, consumers)
         else:
-            nodes, absorbed = _stacked(graph, factor, inputs, members, sizes), []
+            nodes, absorbed = _stacked(graph, factor, inputs, members, sizes, weights, consumers)
         # Where the last one absorbed stood: what the epilogue reads has been computed by then.
         place = absorbed[-1] if absorbed else members[0]
         fresh[place.name] = nodes
@@ -322,16 +323,58 @@ def _stacked(
     inputs: Mapping[str, str],
     members: Sequence[NodeProto],
     sizes: Sequence[int],
-) -> list[NodeProto]:
-    """One DSLinear for all members, then a Split. Their biases stay in the attention node, which adds them while
-    it transposes anyway."""
-    output, split = f"{factor.name}.output", f"{factor.name}.sizes"
-    graph.initializer.append(numpy_helper.from_array(np.array(sizes, dtype=np.int64), split))
+    weights: Mapping[str, Any],
+    consumers: Mapping[str, Sequence[NodeProto]],
+) -> tuple[list[NodeProto], list[NodeProto]]:
+    """(new nodes, nodes absorbed beside the MatMuls): one DSLinear for all members, then the Attention that takes them
+    side by side; or a Split, where what follows is no attention of these three."""
+    output = f"{factor.name}.output"
+    names = {**inputs, "X": members[0].input[0]}
     outputs = [node.output[0] for node in members]
+    attention = _attention(outputs, sizes, weights, consumers)
+    if not attention:
+        split = f"{factor.name}.sizes"
+        graph.initializer.append(numpy_helper.from_array(np.array(sizes, dtype=np.int64), split))
+        divide = helper.make_node("Split", [output, split], outputs, name=f"{factor.name}.split", axis=-1)
+        return [_ds_linear(factor.name, names, output, activation="none"), divide], []
+    _, _, _, bias, *mask = [*attention.input, ""]
+    n_heads = next(value.i for value in attention.attribute if value.name == "num_heads")
     return [
-        _ds_linear(factor.name, {**inputs, "X": members[0].input[0]}, output, activation="none"),
-        helper.make_node("Split", [output, split], outputs, name=f"{factor.name}.split", axis=-1),
-    ]
+        _ds_linear(factor.name, {**names, "bias": bias}, output, activation="none"),
+        helper.make_node(
+            ATTENTION_OP_TYPE,
+            [output, *filter(None, mask)],
+            list(attention.output),
+            name=attention.name,
+            domain=DOMAIN,
+            num_heads=n_heads,
+        ),
+    ], [attention]
+
+
+def _attention(
+    outputs: Sequence[str],
+    sizes: Sequence[int],
+    weights: Mapping[str, Any],
+    consumers: Mapping[str, Sequence[NodeProto]],
+) -> NodeProto | None:
+    """The node that does with queries, keys and values (their sizes) what our Attention does; None if none does."""
+    users = [user for output in outputs for user in consumers[output]]
+    if len(users) != 3 or any(user.op_type != "MultiHeadAttention" or user.name != users[0].name for user in users):
+        return None
+    (node, *_), hidden = users, sizes[0]
+    attributes = {value.name: value for value in node.attribute}
+    bias = node.input[3] if len(node.input) > 3 else ""
+    alike = (
+        list(node.input[:3]) == list(outputs)
+        and len(set(sizes)) == 1
+        and (not bias or (bias in weights and tuple(weights[bias].dims) == (sum(sizes),)))
+        and not any(node.input[5:])  # additive biases, keys of earlier calls
+        and not any(node.output[1:])
+        and set(attributes) <= {"num_heads", "mask_filter_value"}
+        and hidden // attributes["num_heads"].i <= MAX_HEAD_WIDTH
+    )
+    return node if alike else None
 
 
 def _replace_nodes(graph: GraphProto, fresh: Mapping[str, Sequence[NodeProto]], gone: set[str]) -> None:

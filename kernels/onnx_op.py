@@ -1,6 +1,6 @@
-"""The ONNX op DSLinear as data: its names, and what its weights must look like.
+"""The ONNX ops as data: their names, and what DSLinear's weights must look like.
 
-csrc/onnxruntime_op.cc checks the same when a session is made; here a producer of models finds out earlier.
+csrc/onnxruntime_ds_linear.cc checks the same when a session is made; here a producer of models finds out earlier.
 """
 
 from typing import Any
@@ -25,6 +25,8 @@ INPUT_NAMES = (
     "norm_bias",
 )
 ACTIVATIONS = ("none", "gelu")
+ATTENTION_OP_TYPE = "Attention"
+MAX_HEAD_WIDTH = 256
 MAX_ATOMS = 65536  # an index is at most uint16
 
 

@@ -18,16 +18,17 @@ bool has_avx512() {
 const Tier kTiers[] = {  // best first
 #if defined(__x86_64__)
     {"avx512vnni", "AVX-512 F, BW, VL, DQ, VNNI",
-     [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }, &ds_linear_avx512vnni, &omp_avx512},
+     [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }, &ds_linear_avx512vnni, &attention_avx512,
+     &omp_avx512},
     {"avx512", "AVX-512 F, BW, VL, DQ",
-     has_avx512, &ds_linear_avx512, &omp_avx512},
+     has_avx512, &ds_linear_avx512, &attention_avx512, &omp_avx512},
     {"avx2", "AVX2, FMA, F16C",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      },
-     &ds_linear_avx2, &omp_avx2},
+     &ds_linear_avx2, &attention_avx2, &omp_avx2},
 #endif
-    {"scalar", "nothing", [] { return true; }, &ds_linear_scalar, &omp_scalar},
+    {"scalar", "nothing", [] { return true; }, &ds_linear_scalar, &attention_scalar, &omp_scalar},
 };
 
 std::string names(const Tier* tiers, size_t n_tiers) {

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <string>
 
+#include "attention.h"
 #include "ds_linear.h"
 #include "omp.h"
 
@@ -13,6 +14,7 @@ struct Tier {
   const char* requires_features;  // in words, for the error when it is forced and missing
   bool (*supported)();            // by this CPU and this operating system
   const DsLinearTier* ds_linear;
+  const AttentionTier* attention;
   const OmpTier* omp;
 };
 

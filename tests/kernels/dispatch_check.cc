@@ -7,12 +7,13 @@
 namespace dsformer {
 const OmpTier omp_scalar{}, omp_avx2{}, omp_avx512{};
 const DsLinearTier ds_linear_scalar{}, ds_linear_avx2{}, ds_linear_avx512{}, ds_linear_avx512vnni{};
+const AttentionTier attention_scalar{}, attention_avx2{}, attention_avx512{};
 }  // namespace dsformer
 
 static void expect(const char* forced, const char* name, const char* message) {
-  const dsformer::Tier tiers[] = {{"best", "feature X", [] { return false; }, nullptr, nullptr},
-                                  {"middle", "feature Y", [] { return true; }, nullptr, nullptr},
-                                  {"scalar", "nothing", [] { return true; }, nullptr, nullptr}};
+  const dsformer::Tier tiers[] = {{"best", "feature X", [] { return false; }, nullptr, nullptr, nullptr},
+                                  {"middle", "feature Y", [] { return true; }, nullptr, nullptr, nullptr},
+                                  {"scalar", "nothing", [] { return true; }, nullptr, nullptr, nullptr}};
   std::string got;
   const dsformer::Tier* tier = dsformer::choose(forced, tiers, 3, &got);
   const std::string got_name = tier ? tier->name : "none";

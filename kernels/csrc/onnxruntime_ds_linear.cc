@@ -1,0 +1,259 @@
+// The ONNX Runtime side of DSLinear: its schema, checks and scratch.
+#include "dispatch.h"
+#include "ds_linear.h"
+#include "onnxruntime_node.h"
+
+namespace dsformer {
+namespace {
+
+enum Input : size_t {
+  kX, kDictionary, kIndices, kValues, kBias, kScales, kResidual, kNormWeight, kNormBias, kInputCount
+};
+constexpr const char* kInputNames[] = {"X",      "dictionary", "indices",     "values",   "bias",
+                                       "scales", "residual",   "norm_weight", "norm_bias"};
+
+constexpr size_t kScratchAlignment = 64;
+
+constexpr char kNoScales[] = "scales: expected none, because only int16 weights have them";
+constexpr char kNoConstantScales[] = "scales: expected a constant (an initializer of the graph), for int16 weights";
+constexpr char kHalfANorm[] = "norm_weight and norm_bias: expected both as constants, or neither";
+
+// ---- kernel creation: attributes and constant weights ----
+
+void require_type(Input input, const Tensor& tensor, std::initializer_list<ONNXTensorElementDataType> allowed) {
+  dsformer::require_type(kInputNames[input], tensor, allowed);
+}
+
+void require_shape(Input input, const Tensor& tensor, const std::string& expected, bool as_expected) {
+  dsformer::require_shape(kInputNames[input], tensor, expected, as_expected);
+}
+
+template <typename Index>
+void require_below(const Tensor& indices, int64_t n_atoms) {
+  const Index* data = static_cast<const Index*>(indices.data);
+  Index largest = 0;
+  const int64_t size = indices.size();
+  for (int64_t i = 0; i < size; ++i) largest = data[i] > largest ? data[i] : largest;
+  if (largest < n_atoms) return;
+  throw BadNode("indices: expected numbers below K = " + std::to_string(n_atoms) + " (atoms per block), got " +
+                std::to_string(largest));
+}
+
+// No atom may be longer than what keeps products in 16 bits.
+void require_short_atoms(const Tensor& dictionary) {
+  const int16_t* atom = static_cast<const int16_t*>(dictionary.data);
+  const int64_t width = dictionary.shape[2], n_atoms = dictionary.size() / width;
+  for (int64_t k = 0; k < n_atoms; ++k, atom += width) {
+    int64_t square = 0;
+    for (int64_t b = 0; b < width; ++b) square += int32_t{atom[b]} * atom[b];
+    if (square <= kLongestAtom * kLongestAtom) continue;
+    throw BadNode("dictionary: expected int16 atoms of norm " + std::to_string(kLongestAtom) + " at most, but atom " +
+                  std::to_string(k % dictionary.shape[1]) + " of block " + std::to_string(k / dictionary.shape[1]) +
+                  " is longer");
+  }
+}
+
+// A number a row of the output.
+const float* row_numbers(Input input, const Tensor& tensor, int64_t out_features) {
+  require_type(input, tensor, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
+  require_shape(input, tensor, to_string({out_features}), tensor.shape == Shape{out_features});
+  return static_cast<const float*>(tensor.data);
+}
+
+// The same of a constant; null if there is none.
+const float* constant_row_numbers(const NodeReader& node, Input input, int64_t out_features) {
+  Tensor tensor;
+  return node.constant(input, &tensor) ? row_numbers(input, tensor, out_features) : nullptr;
+}
+
+DsLinear read_layer(const NodeReader& node) {
+  Tensor dictionary, indices, values;
+  for (const auto& [input, tensor] : {std::pair{kDictionary, &dictionary}, {kIndices, &indices}, {kValues, &values}}) {
+    if (!node.constant(input, tensor)) {
+      throw BadNode(std::string(kInputNames[input]) + ": expected a constant (an initializer of the graph)");
+    }
+  }
+  require_type(kDictionary, dictionary,
+               {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16});
+  require_type(kValues, values, {dictionary.type});
+  require_type(kIndices, indices, {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16});
+  require_shape(kDictionary, dictionary, "[N/B, K, B], none of them 0", dictionary.shape.size() == 3 && dictionary.size() > 0);
+  const Shape& d = dictionary.shape;
+  require_shape(kValues, values, "[" + std::to_string(d[0]) + ", M, S], none of them 0",
+                values.shape.size() == 3 && values.shape[0] == d[0] && values.size() > 0);
+  require_shape(kIndices, indices, to_string(values.shape) + ", that of values", indices.shape == values.shape);
+
+  DsLinear layer;
+  layer.n_blocks = d[0];
+  layer.n_atoms = d[1];
+  layer.width = d[2];
+  layer.in_features = d[0] * d[2];
+  layer.out_features = values.shape[1];
+  layer.n_nonzero = values.shape[2];
+  layer.number = dictionary.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16     ? Number::int16
+                 : dictionary.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? Number::float16
+                                                                            : Number::float32;
+  layer.wide = indices.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16;
+  layer.dictionary = dictionary.data;
+  layer.indices = indices.data;
+  layer.values = values.data;
+  layer.bias = nullptr;
+  layer.scales = nullptr;
+  if (layer.n_atoms > 65536) {
+    throw BadNode("dictionary: expected at most 65536 atoms per block, got " + std::to_string(layer.n_atoms));
+  }
+  if (layer.wide) {
+    require_below<uint16_t>(indices, layer.n_atoms);
+  } else {
+    require_below<uint8_t>(indices, layer.n_atoms);
+  }
+  if (layer.number == Number::int16) {
+    require_short_atoms(dictionary);
+    layer.scales = constant_row_numbers(node, kScales, layer.out_features);
+    if (!layer.scales) throw BadNode(kNoConstantScales);
+  } else if (Tensor unused; node.constant(kScales, &unused)) {
+    throw BadNode(kNoScales);
+  }
+  layer.norm_weight = constant_row_numbers(node, kNormWeight, layer.out_features);
+  layer.norm_bias = constant_row_numbers(node, kNormBias, layer.out_features);
+  if (!layer.norm_weight != !layer.norm_bias) throw BadNode(kHalfANorm);
+  layer.norm_epsilon = node.float_attribute("norm_epsilon", 1e-5f);
+  if (!(layer.norm_epsilon >= 0)) {
+    throw BadNode("attribute norm_epsilon: expected 0 or more, got " + std::to_string(layer.norm_epsilon));
+  }
+
+  const std::string activation = node.string_attribute("activation", "none");
+  if (activation != "none" && activation != "gelu") {
+    throw BadNode("attribute activation: expected none or gelu, got '" + activation + "'");
+  }
+  layer.gelu = activation == "gelu";
+  const int64_t row_group = node.int_attribute("row_group", 1);
+  if (row_group != 1) {
+    throw BadNode("attribute row_group: expected 1 (rows that share indices are not supported), got " +
+                  std::to_string(row_group));
+  }
+  return layer;
+}
+
+// ---- computing ----
+
+// Scratch from ONNX Runtime's arena, given back at the end of the call.
+class Scratch {
+ public:
+  Scratch(const OrtApi& api, OrtKernelContext* context, const OrtMemoryInfo* memory_info, size_t floats) : api_(api) {
+    check(api, api.KernelContext_GetAllocator(context, memory_info, &allocator_));
+    OrtStatus* status = api.AllocatorAlloc(allocator_, floats * sizeof(float) + kScratchAlignment, &memory_);
+    if (status || !memory_) {
+      api.ReleaseAllocator(allocator_);
+      check(api, status);
+      throw std::bad_alloc();
+    }
+  }
+  ~Scratch() {
+    succeeded(api_, api_.AllocatorFree(allocator_, memory_));
+    api_.ReleaseAllocator(allocator_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* floats() const {
+    const auto address = reinterpret_cast<uintptr_t>(memory_);
+    return reinterpret_cast<float*>((address + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment);
+  }
+
+ private:
+  const OrtApi& api_;
+  OrtAllocator* allocator_ = nullptr;
+  void* memory_ = nullptr;
+};
+
+class Kernel {
+ public:
+  Kernel(const OrtApi& api, const NodeReader& node, const std::string& what)
+      : api_(api), what_(what), layer_(read_layer(node)) {
+    constant_row_numbers(node, kBias, layer_.out_features);  // computed ones are checked at the call
+    const Choice& chosen = choice();
+    if (!chosen.tier) throw BadNode(chosen.message);
+    tier_ = chosen.tier->ds_linear;
+    check(api, api.CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory_info_));
+  }
+  ~Kernel() { api_.ReleaseMemoryInfo(memory_info_); }
+  Kernel(const Kernel&) = delete;
+  Kernel& operator=(const Kernel&) = delete;
+
+  const OrtApi& api() const { return api_; }
+  const std::string& what() const { return what_; }
+
+  void compute(OrtKernelContext* context) const {
+    const Tensor x = read_tensor(api_, input_of(api_, context, kX));
+    require_type(kX, x, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
+    require_shape(kX, x, "[..., " + std::to_string(layer_.in_features) + "]",
+                  !x.shape.empty() && x.shape.back() == layer_.in_features);
+    DsLinear layer = layer_;
+    if (const OrtValue* bias = input_of(api_, context, kBias)) {
+      layer.bias = row_numbers(kBias, read_tensor(api_, bias), layer.out_features);
+    }
+    if (!layer.scales && input_of(api_, context, kScales)) throw BadNode(kNoScales);
+    if (!layer.norm_weight && (input_of(api_, context, kNormWeight) || input_of(api_, context, kNormBias))) throw BadNode(kHalfANorm);
+
+    Shape y_shape = x.shape;
+    y_shape.back() = layer.out_features;
+    const float* residual = nullptr;
+    if (const OrtValue* value = input_of(api_, context, kResidual)) {
+      const Tensor tensor = read_tensor(api_, value);
+      require_type(kResidual, tensor, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
+      require_shape(kResidual, tensor, to_string(y_shape) + ", that of Y", tensor.shape == y_shape);
+      residual = static_cast<const float*>(tensor.data);
+    }
+    float* y = output_of(api_, context, y_shape);
+    const int64_t tokens = x.size() / layer.in_features;
+    if (tokens == 0) return;
+
+    const DsLinearTier& tier = suited(layer, *tier_, tokens);
+    const Plan plan = make_plan(layer, tier, tokens);
+    const Scratch scratch(api_, context, memory_info_, static_cast<size_t>(plan.scratch_floats));
+    Pool pool{api_, context};
+    ds_linear(layer, tier, plan, static_cast<const float*>(x.data), residual, y, tokens,
+              scratch.floats(), {&pool, Pool::run});
+  }
+
+ private:
+  const OrtApi& api_;
+  const std::string what_;
+  const DsLinear layer_;
+  const DsLinearTier* tier_ = nullptr;
+  OrtMemoryInfo* memory_info_ = nullptr;
+};
+
+struct Op {
+  static constexpr char kName[] = "DSLinear";
+  static constexpr int kSinceVersion = 1;
+  static constexpr size_t kInputCount = dsformer::kInputCount;
+
+  // Undefined means any type here; the kernel's creation checks which.
+  static ONNXTensorElementDataType input_type(size_t index) {
+    const bool is_float32 = index == kX || is_optional(index);
+    return is_float32 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  }
+  static bool is_optional(size_t index) { return index >= kBias; }
+
+  // [..., N] -> [..., M]
+  static void infer_shape(const OrtApi& api, OrtShapeInferContext* context) {
+    InferredShape y = read_shape(api, context, kX);
+    const InferredShape values = read_shape(api, context, kValues);
+    if (y.sizes.empty() || values.sizes.size() != 3) return;  // unknown here; compute checks the real shapes
+    y.sizes.back() = values.sizes[1];
+    y.symbols.back() = values.symbols[1];
+    infer_output(api, context, y);
+  }
+};
+
+}  // namespace
+
+const OrtCustomOp& ds_linear_op() {
+  static const OrtCustomOp op = make_op<Op, Kernel>();
+  return op;
+}
+
+}  // namespace dsformer
