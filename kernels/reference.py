@@ -1,4 +1,4 @@
-"""The dense-sparse product in plain NumPy, float64: what every tier is measured against."""
+"""The ops in plain NumPy, float64: what every tier is measured against."""
 
 import math
 from typing import Any
@@ -50,6 +50,25 @@ def ds_linear(
         variance = y.var(axis=-1, keepdims=True)
         y = (y - y.mean(axis=-1, keepdims=True)) / np.sqrt(variance + norm_epsilon) * norm_weight + norm_bias
     return np.asarray(y, np.float64)
+
+
+def attention(qkv: npt.NDArray[Any], num_heads: int, mask: npt.NDArray[Any] | None = None) -> Float64Array:
+    """softmax(q kᵀ / √width) v of each text and head, without the keys that are masked.
+
+    qkv : (batch, tokens, 3 · heads · width), all queries, then all keys, then all values;
+    mask : (batch, tokens), zero where a key is left out. A text without keys gives zeros.
+    Returns (batch, tokens, heads · width).
+    """
+    batch, tokens, columns = qkv.shape
+    width = columns // (3 * num_heads)
+    q, k, v = qkv.astype(np.float64).reshape(batch, tokens, 3, num_heads, width).transpose(2, 0, 3, 1, 4)
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(width)  # (batch, heads, queries, keys)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf)) if tokens else scores
+    if mask is not None:
+        weights = weights * (mask[:, None, None, :] != 0)
+    sums = weights.sum(axis=-1, keepdims=True)
+    y = weights @ v / np.where(sums > 0, sums, 1.0)
+    return np.asarray(y.transpose(0, 2, 1, 3).reshape(batch, tokens, num_heads * width))
 
 
 def dense_codes(indices: npt.NDArray[Any], values: npt.NDArray[Any], n_atoms: int) -> Float64Array:

@@ -11,12 +11,10 @@ namespace {
 // Scratch of one group of tiles: 1 MiB, so that what the dense phase writes is still in L2 for the sparse one, and a
 // large batch needs no memory in proportion. One tile has tasks enough for some threads.
 constexpr int64_t kGroupFloats = int64_t{1} << 18;
-// Two vectors of the widest tier: with one, a nonzero's index and value cost more than its product.
-constexpr int64_t kMinTileTokens = 32;
 // Tasks a sparse phase should have, so that a pool of some threads balances.
 constexpr int64_t kWantedTasks = 16;
 // Least use of a row of products in a chunk of output rows, to pay for bringing it into L1; and the least rows.
-constexpr int64_t kMinUses = 8;
+constexpr int64_t kMinUses = 16;
 constexpr int64_t kMinChunkRows = 64;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -32,10 +30,11 @@ int64_t l1_bytes() {
   return bytes_known;
 }
 
-// The tile rule of FORMAT.md: the products of one block (K x tile) take at most 1.5 times L1.
+// The tile rule of FORMAT.md.
 int64_t tile_tokens(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
-  const int64_t fitting = 3 * l1_bytes() / (2 * layer.n_atoms * tier.product_bytes) / tier.lanes * tier.lanes;
-  const int64_t tile = std::clamp(fitting, kMinTileTokens, tier.max_tokens);
+  const auto room = static_cast<int64_t>(tier.l1_share * static_cast<float>(l1_bytes()));
+  const int64_t fitting = room / (layer.n_atoms * tier.product_bytes) / tier.lanes * tier.lanes;
+  const int64_t tile = std::clamp(fitting, tier.min_tokens, tier.max_tokens);
   return std::min(tile, round_up(tokens, tier.lanes));
 }
 

@@ -16,8 +16,10 @@
 
 namespace dsformer {
 
-// Most tokens in a tile of floats: four AVX-512 vectors, enough independent FMA chains with two rows in flight.
-constexpr int64_t kMaxTileTokens = 64;
+// Tiles of floats. At most four AVX-512 vectors, enough independent FMA chains with two rows in flight; at least two:
+// with one, a nonzero's index and value cost more than its product. FORMAT.md section 3 has the measurements.
+constexpr int64_t kMinTileTokens = 32, kMaxTileTokens = 64;
+constexpr float kL1Share = 1.5f;
 
 // Norm of the longest atom that int16 dictionaries may have (FORMAT.md section 4).
 constexpr int kAtomBits = 14;
@@ -60,7 +62,9 @@ struct Tile {
 
 struct DsLinearTier {
   int64_t lanes;          // tokens per vector
-  int64_t max_tokens;     // in a tile
+  int64_t min_tokens;     // in a tile, if the call has as many
+  int64_t max_tokens;
+  float l1_share;         // what a tile's products of one block may take of L1
   int64_t product_bytes;  // of one number of D_i x_i
   // Null, or what comes before `dense`: tokens [first, first + kPreparedTokens) of the tile, in integers.
   void (*prepare)(const DsLinear& layer, const Tile& tile, int64_t first);

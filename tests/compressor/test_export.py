@@ -183,6 +183,15 @@ def test_an_export_computes_what_pytorch_computes(name: str, storage: Any, facto
             np.testing.assert_allclose(found, wanted, atol=tolerance)
 
 
+def test_attention_that_is_not_ours_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.graph.MAX_HEAD_WIDTH", 4)
+    model = make_model("bert")
+    export(model, make_tokenizer(), factorize(model), tmp_path / "out", config_entry=entry(), storage="float32")
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node)
+    assert (counts["DSLinear"], counts["MultiHeadAttention"], counts["Attention"]) == (8, 2, 0)
+    assert counts["Split"] >= 2
+
+
 def test_int16_is_for_factorized_weights(tmp_path: Path) -> None:
     model = make_model("bert")
     for factors, precision in ((factorize(model), "int16"), (None, "float16")):

@@ -1,4 +1,4 @@
-"""ONNX models of one DSLinear node, and sessions that run them."""
+"""ONNX models of one node, and sessions that run them."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from kernels import library_path
-from kernels.onnx_op import DOMAIN, INPUT_NAMES, OP_TYPE, SINCE_VERSION
+from kernels.onnx_op import ATTENTION_OP_TYPE, DOMAIN, INPUT_NAMES, OP_TYPE, SINCE_VERSION
 
 
 def one_node_model(arrays: dict[str, np.ndarray], x_shape=None, inputs=("X",), **attributes) -> bytes:
@@ -30,6 +30,22 @@ def one_node_model(arrays: dict[str, np.ndarray], x_shape=None, inputs=("X",), *
     initializers = [numpy_helper.from_array(arrays[n], n) for n in names[1:] if n and n not in inputs]
     output = helper.make_tensor_value_info("Y", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "one_node", graph_inputs, [output], initializers)
+    return _serialized(graph)
+
+
+def attention_model(num_heads=None, *, mask=True, columns=None, **attributes) -> bytes:
+    """A serialized model Y = Attention(QKV, mask)."""
+    names = ["QKV", "mask"] if mask else ["QKV"]
+    if num_heads is not None:
+        attributes["num_heads"] = num_heads
+    node = helper.make_node(ATTENTION_OP_TYPE, names, ["Y"], name="attention_7", domain=DOMAIN, **attributes)
+    inputs = [helper.make_tensor_value_info("QKV", TensorProto.FLOAT, ["batch", "sequence", columns])]
+    inputs += [helper.make_tensor_value_info("mask", TensorProto.INT32, ["batch", "sequence"])] * mask
+    output = helper.make_tensor_value_info("Y", TensorProto.FLOAT, None)
+    return _serialized(helper.make_graph([node], "one_node", inputs, [output]))
+
+
+def _serialized(graph) -> bytes:
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, SINCE_VERSION)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from cases import EDGE_CASES
-from ds_model import one_node_model, session
+from ds_model import attention_model, one_node_model, session
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from kernels.onnx_op import check_weights, index_dtype
@@ -189,8 +189,43 @@ def test_input_of_a_wrong_shape_is_refused_and_the_session_lives_on(x_shape, mes
         assert model.run(None, {"X": np.zeros((2, 51), np.float32)})[0].shape == (2, 53)
 
 
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({}, "attribute num_heads: expected 1 or more, got 0"),
+        ({"num_heads": -3}, "attribute num_heads: expected 1 or more, got -3"),
+        ({"num_heads": "12"}, "attribute num_heads: expected an integer"),
+    ],
+)
+def test_bad_attributes_of_attention_are_refused(attributes, message):
+    with pytest.raises(REFUSED, match=f"Attention node 'attention_7': {message}"):
+        session(attention_model(**attributes))
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "qkv_shape", "mask_shape", "message"),
+    [
+        (2, (1, 4, 25), (1, 4), r"QKV: expected shape \[batch, sequence, 3 \* width \* 2\].*, got \[1, 4, 25\]"),
+        (2, (1, 4, 0), (1, 4), "QKV: expected shape"),
+        (1, (1, 4, 3 * 257), (1, 4), "QKV: expected shape .*a head's width up to 256, got"),
+        (2, (1, 4, 24), (1, 3), r"mask: expected shape \[1, 4\], got \[1, 3\]"),
+        (2, (1, 4, 24), (4, 1), r"mask: expected shape \[1, 4\], got \[4, 1\]"),
+    ],
+)
+def test_bad_inputs_of_attention_are_refused(n_heads, qkv_shape, mask_shape, message):
+    model = session(attention_model(n_heads))
+    with pytest.raises(REFUSED, match=f"Attention node 'attention_7': {message}"):
+        model.run(None, {"QKV": np.zeros(qkv_shape, np.float32), "mask": np.ones(mask_shape, np.int32)})
+    y = model.run(None, {"QKV": np.ones((1, 4, 12), np.float32), "mask": np.ones((1, 4), np.int32)})[0]
+    np.testing.assert_allclose(y, np.ones((1, 4, 4)), rtol=1e-6)
+
+
+def test_attention_infers_its_shape():
+    assert session(attention_model(2, columns=24)).get_outputs()[0].shape == ["batch", "sequence", 8]
+
+
 MAKE_SESSION = """
-from ds_model import one_node_model, session
+from ds_model import attention_model, one_node_model, session
 from cases import EDGE_CASES
 session(one_node_model(EDGE_CASES[3].arrays()))
 """

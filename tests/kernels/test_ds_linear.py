@@ -1,105 +1,13 @@
-"""DSLinear in ONNX Runtime: every tier against the float64 reference, and the oldest runtime we promise."""
+"""DSLinear in ONNX Runtime beyond the products themselves (test_tiers.py): shapes, tails, extreme tokens, threads."""
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import EDGE_CASES, EDGE_TOKENS, GROUPS_CASE, GROUPS_TOKENS, Case
+from cases import EDGE_CASES, MAX_INTEGER_ERROR, Case
 from ds_model import one_node_model, session
 
-from kernels import isa, library_path, reference
-
-TIERS = ("scalar", "avx2", "avx512", "avx512vnni")
-RUN_MODELS = Path(__file__).with_name("run_models.py")
-# Products of a few hundred terms in float32; observed below 6e-7, and 1.3e-6 for 600 codes in a row.
-MAX_RELATIVE_ERROR = 1e-5
-# Tiers that round tokens and products to 16 bits, for int16 weights; observed below 2e-4.
-INTEGER_TIERS = ("avx512vnni",)
-MAX_INTEGER_ERROR = 5e-4
-
-
-def run(command, **environment):
-    return subprocess.run(
-        [str(part) for part in command],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
-def write_models(folder):
-    """Model and input files of all cases; returns [(case, expected outputs, in float64)]."""
-    expected = []
-    for case, tokens in [(c, EDGE_TOKENS) for c in EDGE_CASES] + [(GROUPS_CASE, GROUPS_TOKENS)]:
-        rng = np.random.default_rng(1)
-        arrays = case.arrays()
-        names = ("X", "residual") if case.residual else ("X",)
-        model = one_node_model(arrays, inputs=names, activation=case.activation)
-        (folder / f"{case.name}.onnx").write_bytes(model)
-        features = {"X": case.n_blocks * case.width, "residual": case.rows}
-        inputs = [
-            {name: rng.standard_normal((*shape, features[name])).astype(np.float32) for name in names}
-            for shape in tokens
-        ]
-        named = {f"{name}{i}": tensor for i, each in enumerate(inputs) for name, tensor in each.items()}
-        np.savez(folder / f"{case.name}.npz", **named)
-        outputs = [reference.ds_linear(each.pop("X"), **arrays, **each, activation=case.activation) for each in inputs]
-        expected.append((case, outputs))
-    return expected
-
-
-def check_outputs(folder, expected, tier):
-    for case, outputs in expected:
-        integers = tier in INTEGER_TIERS and case.storage == "int16"
-        allowed = MAX_INTEGER_ERROR if integers else MAX_RELATIVE_ERROR
-        with np.load(folder / f"{case.name}.out.npz") as computed:
-            for i, wanted in enumerate(outputs):
-                y = computed[f"y{i}"]
-                assert y.dtype == np.float32
-                assert y.shape == wanted.shape
-                np.testing.assert_array_equal(computed[f"t{i}"], y, err_msg=f"{case.name}: threads matter")
-                if wanted.size:
-                    error = np.abs(y - wanted).max() / np.abs(wanted).max()
-                    assert error < allowed, f"{case.name}, input {i}: relative error {error:.2g}"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return folder, write_models(folder)
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_tier_matches_the_reference(models, tier):
-    folder, expected = models
-    probe = run([sys.executable, "-c", "import kernels; print(kernels.isa())"], DSFORMER_ISA=tier)
-    if "is impossible here" in probe.stderr:
-        pytest.skip(probe.stderr.strip().splitlines()[-1])
-    assert f"name='{tier}', reason='forced by DSFORMER_ISA={tier}'" in probe.stdout, probe.stderr
-    done = run([sys.executable, RUN_MODELS, library_path(), folder], DSFORMER_ISA=tier)
-    assert done.returncode == 0, done.stderr
-    assert "odd ['batch', 'sequence', 53]" in done.stdout
-    check_outputs(folder, expected, tier)
-
-
-def test_oldest_supported_onnxruntime(models):
-    python = os.environ.get("DSFORMER_ORT_MIN_PYTHON")
-    if not python:
-        pytest.skip("DSFORMER_ORT_MIN_PYTHON is not set (a Python that has onnxruntime 1.17)")
-    folder, expected = models
-    for stale in folder.glob("*.out.npz"):
-        stale.unlink()
-    done = run([python, RUN_MODELS, library_path(), folder])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("onnxruntime 1.17."), done.stdout
-    assert "odd ['batch', 'sequence', 53]" in done.stdout
-    check_outputs(folder, expected, isa().name)
+from kernels import reference
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ Vec from_int16(const uint16_t* p) {
 
 }  // namespace
 
-extern const DsLinearTier ds_linear_avx2 = {kLanes, kMaxTileTokens, sizeof(float), nullptr, dense, sparse, normalize,
-                                             nullptr};
+extern const DsLinearTier ds_linear_avx2 = {
+    kLanes, kMinTileTokens, kMaxTileTokens, kL1Share, sizeof(float), nullptr, dense, sparse, normalize, nullptr};
 
 }  // namespace dsformer

@@ -176,13 +176,14 @@ void dense(const DsLinear& layer, const Tile& tile, int64_t block) {
 
 // ---- sparse phase ----
 
-// sum (R rows of G groups of 32 tokens at `out`) += pairs of values times pairs of rows of products.
+// sum (R rows of G groups of 32 tokens at `out`) = or += pairs of values times pairs of rows of products.
 template <int R, int G, typename Index>
-void accumulate(const Index* indices, const int16_t* values, int64_t count, const char* products, int32_t* out) {
+void accumulate(const Index* indices, const int16_t* values, int64_t count, const char* products, int32_t* out,
+                bool first) {
   constexpr int64_t pitch = G * kGroup, row_bytes = pitch * sizeof(int16_t);
   __m512i sum[R][2 * G];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < 2 * G; ++v) sum[r][v] = load_int(out + r * pitch + v * kLanes);
+    for (int v = 0; v < 2 * G; ++v) sum[r][v] = first ? _mm512_setzero_si512() : load_int(out + r * pitch + v * kLanes);
   }
   int64_t s = 0;
   for (; s + 2 <= count; s += 2) {
@@ -235,9 +236,9 @@ void add_blocks(const DsLinear& layer, const Tile& tile, int64_t first, int64_t 
     }
     int64_t r = 0;
     for (; r + R <= n_rows; r += R) {
-      accumulate<R, G>(indices + r * count, values + r * count, count, products, out + r * pitch);
+      accumulate<R, G>(indices + r * count, values + r * count, count, products, out + r * pitch, block == 0);
     }
-    if (r < n_rows) accumulate<1, G>(indices + r * count, values + r * count, count, products, out + r * pitch);
+    if (r < n_rows) accumulate<1, G>(indices + r * count, values + r * count, count, products, out + r * pitch, block == 0);
     indices += next_block;
     values += next_block;
     products += layer.n_atoms * pitch * static_cast<int64_t>(sizeof(int16_t));
@@ -274,7 +275,6 @@ void finish(const DsLinear& layer, const Tile& tile, int64_t first, int64_t coun
 template <int G>
 void sparse_tile(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count) {
   int32_t* sums = static_cast<int32_t*>(tile.sums) + first * G * kGroup;
-  for (int64_t i = 0; i < count * G * kGroup; i += kLanes) _mm512_storeu_si512(sums + i, _mm512_setzero_si512());
   (layer.wide ? add_blocks<G, uint16_t> : add_blocks<G, uint8_t>)(layer, tile, first, count, sums);
   finish(layer, tile, first, count, sums);
 }
@@ -291,6 +291,6 @@ void sparse(const DsLinear& layer, const Tile& tile, int64_t first, int64_t coun
 }  // namespace
 
 extern const DsLinearTier ds_linear_avx512vnni = {
-    kGroup, 4 * kGroup, sizeof(int16_t), prepare, dense, sparse, normalize, &ds_linear_avx512};
+    kGroup, 2 * kGroup, 4 * kGroup, 0.75f, sizeof(int16_t), prepare, dense, sparse, normalize, &ds_linear_avx512};
 
 }  // namespace dsformer

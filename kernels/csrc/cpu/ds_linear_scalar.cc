@@ -92,7 +92,7 @@ void normalize(const DsLinear& layer, const float* residual, float* y, int64_t t
 
 }  // namespace
 
-extern const DsLinearTier ds_linear_scalar = {kLanes, kMaxTileTokens, sizeof(float), nullptr, dense, sparse, normalize,
-                                               nullptr};
+extern const DsLinearTier ds_linear_scalar = {
+    kLanes, kMinTileTokens, kMaxTileTokens, kL1Share, sizeof(float), nullptr, dense, sparse, normalize, nullptr};
 
 }  // namespace dsformer
