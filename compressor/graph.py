@@ -337,13 +337,14 @@ def _stacked(
         graph.initializer.append(numpy_helper.from_array(np.array(sizes, dtype=np.int64), split))
         divide = helper.make_node("Split", [output, split], outputs, name=f"{factor.name}.split", axis=-1)
         return [_ds_linear(factor.name, names, output, activation="none"), divide], []
-    _, _, _, bias, *mask = [*attention.input, ""]
+    given = dict(zip(("query", "key", "value", "bias", "mask"), attention.input, strict=False))
+    mask = given.get("mask", "")
     n_heads = next(value.i for value in attention.attribute if value.name == "num_heads")
     return [
-        _ds_linear(factor.name, {**names, "bias": bias}, output, activation="none"),
+        _ds_linear(factor.name, {**names, "bias": given.get("bias", "")}, output, activation="none"),
         helper.make_node(
             ATTENTION_OP_TYPE,
-            [output, *filter(None, mask)],
+            [output, mask] if mask else [output],
             list(attention.output),
             name=attention.name,
             domain=DOMAIN,
