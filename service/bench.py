@@ -2,7 +2,8 @@
 
 Noise hits whoever happens to run when it comes, so the folders take turns: every round runs each of them once, forwards
 in one round and backwards in the next, and a ratio is always of two runs of the same round. What is reported is the
-median, with the quartiles as its spread. The runs are the service's own: same session options, same padding.
+median, with the quartiles as its spread. The runs are the service's own: same session options, same padding. Other
+systems can take their turns too, on the graph of the first dense folder (`peers.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,13 +29,15 @@ from pydantic_settings import BaseSettings, CliPositionalArg, PydanticBaseSettin
 from tqdm import tqdm
 
 import kernels
-from service import artifact
+from service import artifact, peers
 from service.errors import BackendFailed, StartError
 from service.model import OnnxModel
 from service.settings import available_cpus, read_options
 from service.tokenizer import Row
 
 EXIT_FAILED = 1
+# Of random tokens, for peers that are quantized: time does not depend on how many.
+CALIBRATION_ROWS = 4
 
 
 class Options(BaseSettings):
@@ -53,6 +56,10 @@ class Options(BaseSettings):
     )
     preset: str = Field(default="2.8x", description="Compression of the synthetic model: 2x, 2.8x or 3.57x.")
     keep: Path | None = Field(default=None, description="Where to leave the synthetic folders, dense and dsformer.")
+    peers: str = Field(
+        default="",
+        description=f"Other systems on the first dense folder: {', '.join(peers.PACKAGES)}, or installed for all here.",
+    )
     shapes: str = Field(default="1x32,1x128,1x384,8x128", description="Batch x tokens, comma-separated.")
     rounds: int = Field(default=20, ge=1, description="Runs of each folder per shape.")
     warm_up: int = Field(default=3, ge=0, description="Runs of each folder per shape that are not counted.")
@@ -72,12 +79,28 @@ class Options(BaseSettings):
         parse_shapes(text)
         return text
 
+    @field_validator("peers")
+    @classmethod
+    def _known(cls, text: str) -> str:
+        peers.choose(text)
+        return text
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Whoever takes a turn: a model folder, or a peer. run: once over padded rows."""
+
+    name: str
+    what: str  # the folder's variant, or the peer's version
+    megabytes: float | None  # of model.onnx
+    run: Callable[[Sequence[Row]], object]
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """One folder at one shape. Milliseconds; `speedup` is the first folder's time over this one's, round by round."""
+    """One contender at one shape. Milliseconds; `speedup` is the first one's time over this one's, round by round."""
 
-    folder: str
+    name: str
     batch: int
     tokens: int
     milliseconds: float
@@ -98,31 +121,27 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 
 
 def measure(
-    models: Sequence[OnnxModel], shapes: Sequence[tuple[int, int]], rounds: int, warm_up: int
+    contenders: Sequence[Contender], shapes: Sequence[tuple[int, int]], vocabulary: int, rounds: int, warm_up: int
 ) -> list[Measurement]:
-    """Time the models in turns; tokens are drawn at random, the same ones for all models."""
+    """Time the contenders in turns; tokens are drawn at random, the same ones for all."""
     found: list[Measurement] = []
-    limit = min(model.max_length for model in models)
-    for batch, tokens in shapes:  # before anything is timed
-        if tokens > limit:
-            raise StartError(f"The shape {batch}x{tokens} has more tokens than the models take, which is {limit}.")
     with tqdm(total=len(shapes) * (rounds + warm_up), unit="round", file=sys.stderr) as bar:
         for batch, tokens in shapes:
             bar.set_description(f"{batch}x{tokens}")
-            rows = random_rows(batch, tokens, 1 + min(model.tokenizer.max_id for model in models))
-            seconds: list[list[float]] = [[] for _ in models]
+            rows = random_rows(batch, tokens, vocabulary)
+            seconds: list[list[float]] = [[] for _ in contenders]
             for number in range(warm_up + rounds):
-                for i in range(len(models))[:: -1 if number % 2 else 1]:
+                for i in range(len(contenders))[:: -1 if number % 2 else 1]:
                     began = time.perf_counter()
-                    models[i].run(rows)
+                    contenders[i].run(rows)
                     if number >= warm_up:
                         seconds[i].append(time.perf_counter() - began)
                 bar.update()
-            for model, own in zip(models, seconds, strict=True):
+            for contender, own in zip(contenders, seconds, strict=True):
                 ratios = [first / mine for first, mine in zip(seconds[0], own, strict=True)]
                 found.append(
                     Measurement(
-                        str(model.artifact.path),
+                        contender.name,
                         batch,
                         tokens,
                         1000 * statistics.median(own),
@@ -163,19 +182,17 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def table(found: Sequence[Measurement], models: Sequence[OnnxModel], facts: dict[str, Any]) -> str:
+def table(found: Sequence[Measurement], contenders: Sequence[Contender], facts: dict[str, Any]) -> str:
     """The numbers as Markdown, for people and for pull requests."""
-    names = labels([model.artifact.path for model in models])
-    lines = ["| folder | model.onnx | variant |", "|---|---|---|"]
-    for model in models:
-        lines.append(
-            f"| {names[str(model.artifact.path)]} | {model.file_bytes / 1e6:.1f} MB | {model.artifact.variant} |"
-        )
-    lines += ["", "| batch x tokens | folder | ms, median (quartiles) | times as fast as the first (quartiles) |"]
+    lines = ["| | model.onnx | |", "|---|---|---|"]
+    for one in contenders:
+        size = "" if one.megabytes is None else f"{one.megabytes:.1f} MB"
+        lines.append(f"| {one.name} | {size} | {one.what} |")
+    lines += ["", "| batch x tokens | | ms, median (quartiles) | times as fast as the first (quartiles) |"]
     lines.append("|---|---|---|---|")
     for row in found:
         lines.append(
-            f"| {row.batch}x{row.tokens} | {names[row.folder]} "
+            f"| {row.batch}x{row.tokens} | {row.name} "
             f"| {row.milliseconds:.2f} ({row.quartiles[0]:.2f} to {row.quartiles[1]:.2f}) "
             f"| {row.speedup:.2f} ({row.speedup_quartiles[0]:.2f} to {row.speedup_quartiles[1]:.2f}) |"
         )
@@ -183,10 +200,33 @@ def table(found: Sequence[Measurement], models: Sequence[OnnxModel], facts: dict
     return "\n".join([*lines, "", described])
 
 
-def labels(folders: Sequence[Path]) -> dict[str, str]:
-    """The folders' own names, or their paths where two have the same."""
-    own = [folder.resolve().name for folder in folders]
-    return {str(f): name if own.count(name) == 1 else str(f) for f, name in zip(folders, own, strict=True)}
+def of_folders(models: Sequence[OnnxModel]) -> list[Contender]:
+    """The folders by their own names, or by their paths where two have the same."""
+    own = [model.artifact.path.resolve().name for model in models]
+    return [
+        Contender(
+            name if own.count(name) == 1 else str(model.artifact.path),
+            model.artifact.variant,
+            model.file_bytes / 1e6,
+            model.run,
+        )
+        for model, name in zip(models, own, strict=True)
+    ]
+
+
+def of_peers(names: Sequence[str], models: Sequence[OnnxModel], threads: int, scratch: Path) -> list[Contender]:
+    """The named peers with the first dense folder's model in them."""
+    if not names:
+        return []
+    dense = next((model for model in models if model.artifact.variant == "dense"), None)
+    if dense is None:
+        raise StartError("Peers run a dense model, but none of the folders holds one: name a dense folder too.")
+    calibration = [random_rows(1, min(128, dense.max_length), dense.tokenizer.max_id + 1)] * CALIBRATION_ROWS
+    return [_of_peer(peers.make(name, dense, threads, calibration, scratch), dense) for name in names]
+
+
+def _of_peer(peer: peers.Peer, dense: OnnxModel) -> Contender:
+    return Contender(peer.name, peer.version, None, lambda rows: peer.run(dense.feed(rows)))
 
 
 def make_synthetic(shape: str, preset: str, output: Path) -> list[Path]:
@@ -203,6 +243,7 @@ def make_synthetic(shape: str, preset: str, output: Path) -> list[Path]:
 
 
 def run(options: Options) -> None:
+    shapes = parse_shapes(options.shapes)
     with tempfile.TemporaryDirectory() as scratch:
         folders = list(options.folders)
         if options.synthetic:
@@ -210,9 +251,16 @@ def run(options: Options) -> None:
         if not folders:
             raise StartError("There is nothing to time: name model folders, or a shape with --synthetic.")
         models = [OnnxModel(artifact.read(folder), options.threads) for folder in folders]
+        limit = min(model.max_length for model in models)
+        for batch, tokens in shapes:
+            if tokens > limit:
+                raise StartError(f"The shape {batch}x{tokens} has more tokens than the models take, which is {limit}.")
         facts = machine(options.threads)
-        found = measure(models, parse_shapes(options.shapes), options.rounds, options.warm_up)
-    print(table(found, models, facts))
+        contenders = of_folders(models)
+        contenders += of_peers(peers.choose(options.peers), models, options.threads, Path(scratch))
+        vocabulary = 1 + min(model.tokenizer.max_id for model in models)
+        found = measure(contenders, shapes, vocabulary, options.rounds, options.warm_up)
+    print(table(found, contenders, facts))
     if options.json_file:
         report = {"machine": facts, "measurements": [asdict(row) for row in found]}
         options.json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One model folder, ready to run. The only file that knows ONNX Runtime."""
+"""One model folder, ready to run. The only file of the server that knows ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ class OnnxModel:
 
         Returns one array per output of the task: `logits` (n, labels), or `start_logits` and `end_logits` (n, T).
         """
+        try:
+            outputs = self._session.run(self._outputs, self.feed(rows))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise BackendFailed(f"The model {self.artifact.name} failed: {error}") from error
+        if not all(np.isfinite(output).all() for output in outputs):
+            raise BackendFailed(f"The model {self.artifact.name} returned NaN or infinity.")
+        return list(outputs)
+
+    def feed(self, rows: Sequence[Row]) -> dict[str, npt.NDArray[np.int64]]:
+        """The graph's inputs, each (n, T): the rows padded on the right."""
         shape = (len(rows), max(len(row) for row in rows))
         feed = {name: np.zeros(shape, dtype=np.int64) for name in INPUTS}
         feed["input_ids"] += self.artifact.config.pad_token_id or 0
@@ -49,13 +59,7 @@ class OnnxModel:
             feed["input_ids"][i, : len(row)] = row.ids
             feed["attention_mask"][i, : len(row)] = 1
             feed["token_type_ids"][i, : len(row)] = row.type_ids
-        try:
-            outputs = self._session.run(self._outputs, {name: feed[name] for name in self._inputs})
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise BackendFailed(f"The model {self.artifact.name} failed: {error}") from error
-        if not all(np.isfinite(output).all() for output in outputs):
-            raise BackendFailed(f"The model {self.artifact.name} returned NaN or infinity.")
-        return list(outputs)
+        return {name: feed[name] for name in self._inputs}
 
     def _checked_inputs(self) -> list[str]:
         names = [node.name for node in self._session.get_inputs()]
@@ -83,7 +87,8 @@ class OnnxModel:
                 )
 
 
-def open_session(artifact: Artifact, threads: int) -> ort.InferenceSession:
+def session_options(threads: int) -> ort.SessionOptions:
+    """What every session of the service has in common."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -92,6 +97,11 @@ def open_session(artifact: Artifact, threads: int) -> ort.InferenceSession:
     # The models share the cores: threads of the one that just ran must not spin under the one that runs now. Measured
     # with two MiniLM sessions taking turns on 2 busy cores: 1.2 to 2 times slower with spinning.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def open_session(artifact: Artifact, threads: int) -> ort.InferenceSession:
+    options = session_options(threads)
     try:
         if artifact.variant == "dsformer":
             options.register_custom_ops_library(kernels.library_path())

@@ -42,8 +42,8 @@ struct DsLinear {
   const void* dictionary;  // (N/B, K, B)
   const void* indices;     // (N/B, M, S), each below K
   const void* values;      // (N/B, M, S)
-  const float* bias;       // (M) or null
-  const float* scales;     // (M), what the sums of int16 weights are multiplied by; null for floats
+  const float* bias;         // (M) or null
+  const float* scales;       // (M), what the sums of int16 weights are multiplied by; null for floats
   const float* norm_weight;  // (M), or null: no layer normalization
   const float* norm_bias;    // (M)
   float norm_epsilon;        // added to the variance

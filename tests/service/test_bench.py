@@ -1,11 +1,13 @@
 """The benchmark times what the service runs; its arithmetic and its words are tested, never the times."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from service import artifact, bench
+from service import artifact, bench, peers
 from service.model import OnnxModel
 
 
@@ -16,13 +18,14 @@ def test_each_folder_is_timed_at_each_shape(models: Path, tmp_path: Path, capsys
     bench.main([*folders, *options])
     told = json.loads(report.read_text())
     rows = told["measurements"]
-    wanted = [(folder, *shape) for shape in ((1, 9), (3, 17)) for folder in folders]
-    assert [(row["folder"], row["batch"], row["tokens"]) for row in rows] == wanted
+    names = ["tiny-classify-dense", "tiny-classify-dsformer"]
+    wanted = [(name, *shape) for shape in ((1, 9), (3, 17)) for name in names]
+    assert [(row["name"], row["batch"], row["tokens"]) for row in rows] == wanted
     for row in rows:
         low, high = row["quartiles"]
         assert 0 < low <= row["milliseconds"] <= high
         assert row["speedup_quartiles"][0] <= row["speedup"] <= row["speedup_quartiles"][1]
-    assert [row["speedup"] for row in rows if row["folder"] == folders[0]] == [1.0, 1.0]
+    assert [row["speedup"] for row in rows if row["name"] == names[0]] == [1.0, 1.0]
     assert told["machine"]["threads"] == 1
     assert {"cpu", "isa", "onnxruntime", "load_before"} <= told["machine"].keys()
     printed = capsys.readouterr().out
@@ -30,28 +33,67 @@ def test_each_folder_is_timed_at_each_shape(models: Path, tmp_path: Path, capsys
     assert "tiny-classify-dsformer" in printed
 
 
-def test_folders_take_turns_and_ratios_are_of_one_round(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_take_turns_and_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which each run takes as long as told: machine noise that doubles a round leaves the ratio alone."""
-    pair = [OnnxModel(artifact.read(models / f"tiny-classify-{name}"), 1) for name in ("dense", "dsformer")]
     now, runs = 0.0, []
 
-    def slow(name: str, seconds: float):
+    def slow(name: str, seconds: float) -> bench.Contender:
         def run(rows: object) -> None:
             nonlocal now
             noise = 1 + len(runs) // 2  # grows from round to round
             runs.append(name)
             now += seconds * noise
 
-        return run
+        return bench.Contender(name, "dense", None, run)
 
-    monkeypatch.setattr(pair[0], "run", slow("a", 3.0))
-    monkeypatch.setattr(pair[1], "run", slow("b", 2.0))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
-    first, second = bench.measure(pair, [(1, 8)], rounds=4, warm_up=0)
+    first, second = bench.measure([slow("a", 3.0), slow("b", 2.0)], [(1, 8)], vocabulary=9, rounds=4, warm_up=0)
     assert "".join(runs) == "abbaabba"
     assert first.milliseconds == 3000 * 2.5
     assert second.speedup == pytest.approx(1.5)
     assert second.speedup_quartiles == pytest.approx((1.5, 1.5))
+
+
+def test_two_folders_of_one_name_are_told_apart(models: Path, tmp_path: Path) -> None:
+    source = models / "tiny-qa-dense"
+    for parent in ("a", "b"):
+        shutil.copytree(source, tmp_path / parent / "model")
+    both = [OnnxModel(artifact.read(tmp_path / parent / "model"), 1) for parent in ("a", "b")]
+    assert [one.name for one in bench.of_folders(both)] == [str(tmp_path / p / "model") for p in ("a", "b")]
+
+
+@pytest.mark.parametrize("name", peers.PACKAGES)
+def test_a_peer_answers_as_the_dense_model_does(name: str, models: Path, tmp_path: Path) -> None:
+    missing = peers.missing_packages(name)
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    model = OnnxModel(artifact.read(models / "tiny-classify-dense"), 1)
+    rows = bench.random_rows(3, 20, 1 + model.tokenizer.max_id)
+    peer = peers.make(name, model, 1, [rows], tmp_path)
+    (found,), (wanted,) = peer.run(model.feed(rows)), model.run(rows)
+    assert np.abs(found - wanted).max() < (1e-4 if name == "openvino-f32" else 0.1) * max(1, np.abs(wanted).max())
+
+
+def test_installed_peers_are_timed_too(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not peers.choose("installed"):
+        pytest.skip("no peer is installed")
+    folders = [str(models / f"tiny-qa-{variant}") for variant in ("dense", "dsformer")]
+    bench.main([*folders, "--peers", "installed", "--shapes", "1x9", "--rounds", "1", "--warm-up", "0"])
+    printed = capsys.readouterr().out
+    assert all(f"| 1x9 | {name} |" in printed for name in peers.choose("installed"))
+
+
+def test_peers_need_a_dense_folder_and_their_packages(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.main([str(models / "tiny-qa-dsformer"), "--peers", "ort-int8", "--shapes", "1x9"])
+    assert "none of the folders holds one" in capsys.readouterr().err
+    monkeypatch.setitem(peers.PACKAGES, "ort-int8", ("no_such_package",))
+    assert "ort-int8" not in peers.choose("installed")
+    with pytest.raises(SystemExit):
+        bench.main([str(models / "tiny-qa-dense"), "--peers", "ort-int8", "--shapes", "1x9"])
+    assert "The peer ort-int8 needs no_such_package: pip install no_such_package." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -63,6 +105,7 @@ def test_folders_take_turns_and_ratios_are_of_one_round(models: Path, monkeypatc
         (["--rounds", "0"], 2, "--rounds"),
         (["nowhere"], 1, "nowhere"),
         (["--unknown"], 2, "unknown"),
+        (["--peers", "pytorch"], 2, "but one of them is 'pytorch'"),
         (["--synthetic", "no-such-shape"], 1, "unknown shape 'no-such-shape'"),
     ],
 )

@@ -1,0 +1,115 @@
+"""Other systems that run the same dense model, for `dsformer-bench --peers`: what a user would take instead of us.
+
+Each is made from the dense folder's own graph when it is asked for, with the same number of threads:
+
+    ort-int8       ONNX Runtime's dynamic quantization of all MatMuls (needs the package onnx)
+    openvino-f32   OpenVINO, computing in float32 (openvino)
+    openvino-bf16  OpenVINO, computing in bfloat16 where the processor can
+    openvino-int8  OpenVINO after NNCF's post-training quantization for transformers (openvino, nncf)
+
+Quantized models are calibrated with random tokens: that is enough for their speed, and says nothing of their accuracy.
+`ONEDNN_MAX_CPU_ISA` in the environment holds OpenVINO to an instruction set, as `DSFORMER_ISA` does our kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from service.errors import StartError
+from service.model import OnnxModel, session_options
+from service.tokenizer import Row
+
+Feed = Mapping[str, npt.NDArray[np.int64]]
+
+# What each needs besides the service's own packages.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "ort-int8": ("onnx",),
+    "openvino-f32": ("openvino",),
+    "openvino-bf16": ("openvino",),
+    "openvino-int8": ("openvino", "nncf"),
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A system with the model in it. run: from the padded inputs of a batch to the model's outputs."""
+
+    name: str
+    version: str
+    run: Callable[[Feed], Sequence[npt.NDArray[Any]]]
+
+
+def choose(text: str) -> list[str]:
+    """Names from `ort-int8,openvino-f32`; `installed` means all whose packages are there. ValueError if unknown."""
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if part == "installed":
+            names += [name for name in PACKAGES if not missing_packages(name)]
+        elif part in PACKAGES:
+            names.append(part)
+        else:
+            raise ValueError(f"expected some of {', '.join(PACKAGES)} or installed, but one of them is {part!r}")
+    return list(dict.fromkeys(names))
+
+
+def missing_packages(name: str) -> list[str]:
+    return [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
+
+
+def make(name: str, model: OnnxModel, threads: int, calibration: Iterable[Sequence[Row]], scratch: Path) -> Peer:
+    """The peer of this name with the dense `model` in it; intermediate files go to scratch."""
+    missing = missing_packages(name)
+    if missing:
+        raise StartError(f"The peer {name} needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
+    try:
+        if name == "ort-int8":
+            return _onnxruntime_int8(name, model, threads, scratch)
+        return _openvino(name, model, threads, [model.feed(rows) for rows in calibration])
+    except Exception as error:  # other projects' exceptions: any of them means that this peer cannot be had
+        raise StartError(f"The peer {name} cannot run {model.artifact.path}: {error}") from error
+
+
+def _onnxruntime_int8(name: str, model: OnnxModel, threads: int, scratch: Path) -> Peer:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # Weights lie in the file as float16 behind a Cast, where the quantizer does not look: fold the Casts first.
+    options = session_options(threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    folded, quantized = scratch / "folded.onnx", scratch / "int8.onnx"
+    options.optimized_model_filepath = str(folded)
+    ort.InferenceSession(str(model.artifact.onnx_path), options, providers=["CPUExecutionProvider"])
+    logging.disable(logging.WARNING)  # it logs advice to the root logger
+    try:
+        quantize_dynamic(folded, quantized, weight_type=QuantType.QInt8, per_channel=True)
+    finally:
+        logging.disable(logging.NOTSET)
+    session = ort.InferenceSession(str(quantized), session_options(threads), providers=["CPUExecutionProvider"])
+    return Peer(name, ort.__version__, lambda feed: session.run(None, dict(feed)))
+
+
+def _openvino(name: str, model: OnnxModel, threads: int, calibration: Sequence[Feed]) -> Peer:
+    import openvino
+
+    graph = openvino.Core().read_model(str(model.artifact.onnx_path))
+    if name == "openvino-int8":
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
+        dataset = nncf.Dataset(calibration, dict)
+        graph = nncf.quantize(graph, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if name == "openvino-bf16" else "f32",
+    }
+    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    return Peer(name, openvino.__version__, lambda feed: list(compiled(dict(feed)).values()))
