@@ -37,6 +37,8 @@ NodeProto: TypeAlias = Any
 _OPSET = 17
 # Scope of the traced model in node names: "/model/bert/encoder/.../MatMul".
 _ROOT = "model"
+# A constant without elements, for optional inputs of DSLinear that are left out before others.
+_NOTHING = "dsformer.nothing"
 # Smaller tensors (biases, layer norms, heads of few labels) stay float32: nothing to gain.
 _LARGE = 2048
 
@@ -216,6 +218,7 @@ def put_factors(model: ModelProto, factors: Sequence[Factors], storage: Storage)
         place = absorbed[-1] if absorbed else members[0]
         fresh[place.name] = nodes
         gone.update(node.name for node in [*members, *absorbed])
+    graph.initializer.append(numpy_helper.from_array(np.zeros(0, np.float32), _NOTHING))
     _replace_nodes(graph, fresh, gone)
     model.opset_import.append(helper.make_opsetid(DOMAIN, SINCE_VERSION))
 
@@ -256,8 +259,8 @@ def _member_sizes(factor: Factors, members: Sequence[NodeProto], weights: Mappin
 
 def _ds_linear(name: str, inputs: Mapping[str, str], output: str, **attributes: Any) -> NodeProto:
     """inputs: names of tensors by the names of the op's inputs; those left out at the end are not written."""
-    given = [inputs.get(each, "") for each in INPUT_NAMES]
-    while not given[-1]:
+    given = [inputs.get(each) or _NOTHING for each in INPUT_NAMES]
+    while given[-1] == _NOTHING:
         given.pop()
     return helper.make_node(
         OP_TYPE,

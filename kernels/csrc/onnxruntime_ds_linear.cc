@@ -60,10 +60,10 @@ const float* row_numbers(Input input, const Tensor& tensor, int64_t out_features
   return static_cast<const float*>(tensor.data);
 }
 
-// The same of a constant; null if there is none.
+// The same of a constant; null if there is none, or one without elements, which stands for none.
 const float* constant_row_numbers(const NodeReader& node, Input input, int64_t out_features) {
   Tensor tensor;
-  return node.constant(input, &tensor) ? row_numbers(input, tensor, out_features) : nullptr;
+  return node.constant(input, &tensor) && tensor.size() > 0 ? row_numbers(input, tensor, out_features) : nullptr;
 }
 
 DsLinear read_layer(const NodeReader& node) {
@@ -112,7 +112,7 @@ DsLinear read_layer(const NodeReader& node) {
     require_short_atoms(dictionary);
     layer.scales = constant_row_numbers(node, kScales, layer.out_features);
     if (!layer.scales) throw BadNode(kNoConstantScales);
-  } else if (Tensor unused; node.constant(kScales, &unused)) {
+  } else if (Tensor scales; node.constant(kScales, &scales) && scales.size() > 0) {
     throw BadNode(kNoScales);
   }
   layer.norm_weight = constant_row_numbers(node, kNormWeight, layer.out_features);
@@ -191,17 +191,17 @@ class Kernel {
     require_shape(kX, x, "[..., " + std::to_string(layer_.in_features) + "]",
                   !x.shape.empty() && x.shape.back() == layer_.in_features);
     DsLinear layer = layer_;
-    if (const OrtValue* bias = input_of(api_, context, kBias)) {
-      layer.bias = row_numbers(kBias, read_tensor(api_, bias), layer.out_features);
+    Tensor tensor;
+    if (given(context, kBias, &tensor)) layer.bias = row_numbers(kBias, tensor, layer.out_features);
+    if (!layer.scales && given(context, kScales, &tensor)) throw BadNode(kNoScales);
+    if (!layer.norm_weight && (given(context, kNormWeight, &tensor) || given(context, kNormBias, &tensor))) {
+      throw BadNode(kHalfANorm);
     }
-    if (!layer.scales && input_of(api_, context, kScales)) throw BadNode(kNoScales);
-    if (!layer.norm_weight && (input_of(api_, context, kNormWeight) || input_of(api_, context, kNormBias))) throw BadNode(kHalfANorm);
 
     Shape y_shape = x.shape;
     y_shape.back() = layer.out_features;
     const float* residual = nullptr;
-    if (const OrtValue* value = input_of(api_, context, kResidual)) {
-      const Tensor tensor = read_tensor(api_, value);
+    if (given(context, kResidual, &tensor)) {
       require_type(kResidual, tensor, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
       require_shape(kResidual, tensor, to_string(y_shape) + ", that of Y", tensor.shape == y_shape);
       residual = static_cast<const float*>(tensor.data);
@@ -219,6 +219,14 @@ class Kernel {
   }
 
  private:
+  // False if the optional input is left out, or has no elements, which stands for that.
+  bool given(const OrtKernelContext* context, Input input, Tensor* tensor) const {
+    const OrtValue* value = input_of(api_, context, input);
+    if (!value) return false;
+    *tensor = read_tensor(api_, value);
+    return tensor->size() > 0;
+  }
+
   const OrtApi& api_;
   const std::string what_;
   const DsLinear layer_;

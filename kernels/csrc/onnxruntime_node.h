@@ -135,6 +135,9 @@ class NodeReader {
 
   // False unless the input is there and a constant of the graph.
   bool constant(size_t input, Tensor* tensor) const {
+    size_t n_inputs = 0;  // ONNX Runtime 1.17 looks beyond its list for an input that was left out at the end
+    check(api_, api_.KernelInfo_GetInputCount(info_, &n_inputs));
+    if (input >= n_inputs) return false;
     int is_constant = 0;
     const OrtValue* value = nullptr;
     if (!succeeded(api_, api_.KernelInfoGetConstantInput_tensor(info_, input, &is_constant, &value))) return false;

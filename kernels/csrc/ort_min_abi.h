@@ -77,7 +77,9 @@ struct OrtApi {
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);
   void* slot_100[32];
   void (*ReleaseAllocator)(OrtAllocator* allocator);
-  void* slot_133[111];
+  void* slot_133[97];
+  OrtStatus* (*KernelInfo_GetInputCount)(const OrtKernelInfo* info, size_t* out);
+  void* slot_231[13];
   OrtStatus* (*KernelInfo_GetNodeName)(const OrtKernelInfo* info, char* out, size_t* size);
   void* slot_245[4];
   OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo* info, size_t index, int* is_constant,
@@ -126,6 +128,7 @@ SLOT(ReleaseStatus, 93);
 SLOT(ReleaseMemoryInfo, 94);
 SLOT(ReleaseTensorTypeAndShapeInfo, 99);
 SLOT(ReleaseAllocator, 132);
+SLOT(KernelInfo_GetInputCount, 230);
 SLOT(KernelInfo_GetNodeName, 244);
 SLOT(KernelInfoGetConstantInput_tensor, 249);
 SLOT(KernelContext_GetAllocator, 253);

@@ -41,6 +41,7 @@ SAME(ReleaseStatus, 93);
 SAME(ReleaseMemoryInfo, 94);
 SAME(ReleaseTensorTypeAndShapeInfo, 99);
 SAME(ReleaseAllocator, 132);
+SAME(KernelInfo_GetInputCount, 230);
 SAME(KernelInfo_GetNodeName, 244);
 SAME(KernelInfoGetConstantInput_tensor, 249);
 SAME(KernelContext_GetAllocator, 253);

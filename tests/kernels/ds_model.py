@@ -9,6 +9,9 @@ from onnx import TensorProto, helper, numpy_helper
 from kernels import library_path
 from kernels.onnx_op import ATTENTION_OP_TYPE, DOMAIN, INPUT_NAMES, OP_TYPE, SINCE_VERSION
 
+# Stands for optional inputs that are left out before others (FORMAT.md section 1).
+NOTHING = "nothing"
+
 
 def one_node_model(arrays: dict[str, np.ndarray], x_shape=None, inputs=("X",), **attributes) -> bytes:
     """A serialized model Y = DSLinear(X, arrays...); `inputs` are graph inputs, the other arrays initializers.
@@ -18,16 +21,17 @@ def one_node_model(arrays: dict[str, np.ndarray], x_shape=None, inputs=("X",), *
     dictionary = arrays["dictionary"]
     if x_shape is None:
         x_shape = ["batch", "sequence", dictionary.shape[0] * dictionary.shape[-1]]
-    names = [name if name in inputs or name in arrays else "" for name in INPUT_NAMES]
-    while not names[-1]:
+    names = [name if name in inputs or name in arrays else NOTHING for name in INPUT_NAMES]
+    while names[-1] == NOTHING:
         names.pop()
+    arrays = {**arrays, NOTHING: np.zeros(0, np.float32)}
     node = helper.make_node(OP_TYPE, names, ["Y"], name="layer_7", domain=DOMAIN, **attributes)
     graph_inputs = [helper.make_tensor_value_info("X", TensorProto.FLOAT, x_shape)]
     for name in inputs[1:]:
         kind = TensorProto.FLOAT if name == "residual" else helper.np_dtype_to_tensor_dtype(arrays[name].dtype)
         shape = [*x_shape[:-1], arrays["values"].shape[1]] if name == "residual" else arrays[name].shape
         graph_inputs.append(helper.make_tensor_value_info(name, kind, shape))
-    initializers = [numpy_helper.from_array(arrays[n], n) for n in names[1:] if n and n not in inputs]
+    initializers = [numpy_helper.from_array(arrays[n], n) for n in dict.fromkeys(names[1:]) if n not in inputs]
     output = helper.make_tensor_value_info("Y", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "one_node", graph_inputs, [output], initializers)
     return _serialized(graph)
