@@ -79,6 +79,7 @@ def make(name: str, model: OnnxModel, threads: int, calibration: Iterable[Sequen
 
 
 def _onnxruntime_int8(name: str, model: OnnxModel, threads: int, scratch: Path) -> Peer:
+    from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # Weights lie in the file as float16 behind a Cast, where the quantizer does not look: fold the Casts first.
@@ -89,7 +90,10 @@ def _onnxruntime_int8(name: str, model: OnnxModel, threads: int, scratch: Path) 
     ort.InferenceSession(str(model.artifact.onnx_path), options, providers=["CPUExecutionProvider"])
     logging.disable(logging.WARNING)  # it logs advice to the root logger
     try:
-        quantize_dynamic(folded, quantized, weight_type=QuantType.QInt8, per_channel=True)
+        # Behind ONNX Runtime's fused operators no types are inferred; they are all floats.
+        extra = {"DefaultTensorType": TensorProto.FLOAT}
+        kind = QuantType.QInt8
+        quantize_dynamic(folded, quantized, ["MatMul", "Gemm"], True, weight_type=kind, extra_options=extra)
     finally:
         logging.disable(logging.NOTSET)
     session = ort.InferenceSession(str(quantized), session_options(threads), providers=["CPUExecutionProvider"])
