@@ -7,7 +7,7 @@
 namespace dsformer {
 namespace {
 
-// A query's scores are computed three times rather than kept: there may be any number of keys.
+// A query's scores are computed twice rather than kept: there may be any number of keys.
 void attend(const Attention& layer, int64_t text, int64_t head, int64_t first, int64_t tokens) {
   const int64_t width = layer.width, hidden = layer.n_heads * width, pitch = 3 * hidden;
   const float* queries = layer.qkv + text * layer.tokens * pitch + head * width;

@@ -16,6 +16,7 @@ namespace dsformer {
 namespace {
 
 #include "vec_avx512.inc"
+#include "squares.inc"
 #include "gelu.inc"
 #include "normalize.inc"
 
@@ -27,7 +28,6 @@ constexpr float kTiny = 1e-33f;
 // Squares within these have neither overflowed nor lost what matters.
 constexpr float kLeastSquare = 1e-24f, kLargestSquare = 1e37f;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t pairs_of(int64_t width) { return (width + 1) / 2; }
 
 __m512i load_int(const void* p) { return _mm512_loadu_si512(p); }
@@ -263,11 +263,8 @@ void finish(const DsLinear& layer, const Tile& tile, int64_t first, int64_t coun
         v[i] = fma(sum * broadcast(layer.scales + first + m + i), factor, bias);
         if (layer.gelu) v[i] = gelu(v[i]);
       }
-      transpose(v);
       float* y = tile.y + t * layer.out_features + first + m;
-      for (int64_t i = 0; i < smaller(kLanes, tile.tokens - t); ++i) {
-        store_first(y + i * layer.out_features, columns, v[i]);
-      }
+      store_transposed(v, y, layer.out_features, columns, tile.tokens - t);
     }
   }
 }
