@@ -30,10 +30,15 @@ int64_t l1_bytes() {
   return bytes_known;
 }
 
+// Tokens of one block, or of some blocks together, whose products fit into the tier's share of L1.
+int64_t fitting_tokens(const DsLinear& layer, const DsLinearTier& tier) {
+  const auto room = static_cast<int64_t>(tier.l1_share * static_cast<float>(l1_bytes()));
+  return room / (layer.n_atoms * tier.product_bytes);
+}
+
 // The tile rule of FORMAT.md.
 int64_t tile_tokens(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
-  const auto room = static_cast<int64_t>(tier.l1_share * static_cast<float>(l1_bytes()));
-  const int64_t fitting = room / (layer.n_atoms * tier.product_bytes) / tier.lanes * tier.lanes;
+  const int64_t fitting = fitting_tokens(layer, tier) / tier.lanes * tier.lanes;
   const int64_t tile = std::clamp(fitting, tier.min_tokens, tier.max_tokens);
   return std::min(tile, round_up(tokens, tier.lanes));
 }
@@ -69,7 +74,8 @@ struct Group {
     float* sums = scratch + i * plan.tile_floats;
     float* products = sums + layer.out_features * pitch;
     float* prepared = products + product_floats(layer, tier, pitch);
-    return {x + first * layer.in_features, y + first * layer.out_features, count, pitch, products, sums, prepared};
+    return {x + first * layer.in_features, y + first * layer.out_features, count, pitch, products, sums, prepared,
+            std::max<int64_t>(1, fitting_tokens(layer, tier) / pitch)};
   }
 };
 

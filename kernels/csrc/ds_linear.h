@@ -58,6 +58,7 @@ struct Tile {
   void* products;   // (N/B, K, pitch), float32 or the tier's integers
   void* sums;       // (M, pitch), of 4 bytes
   void* prepared;   // the tile's part of X as the tier's `prepare` left it
+  int64_t pass_blocks;  // blocks whose products fit into the tier's share of L1 together; at least 1
 };
 
 struct DsLinearTier {
