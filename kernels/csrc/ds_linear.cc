@@ -4,6 +4,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
+#include <thread>
 
 namespace dsformer {
 namespace {
@@ -56,6 +59,7 @@ int64_t prepared_floats(const DsLinear& layer, const DsLinearTier& tier, int64_t
 // Tokens of one task of the last phase: enough to be worth a task, few enough that even a short text makes several.
 constexpr int64_t kNormalizedTokens = 8;
 
+// Tiles that are in scratch together.
 struct Group {
   const DsLinear& layer;
   const DsLinearTier& tier;
@@ -79,34 +83,94 @@ struct Group {
   }
 };
 
-void prepare_task(void* data, size_t task) {
-  const Group& group = *static_cast<const Group*>(data);
-  const int64_t first = static_cast<int64_t>(task) * kPreparedTokens, tile_tokens = group.plan.tile_tokens;
+void prepare_task(const Group& group, int64_t task) {
+  const int64_t first = task * kPreparedTokens, tile_tokens = group.plan.tile_tokens;
   group.tier.prepare(group.layer, group.tile(first / tile_tokens), first % tile_tokens);
 }
 
-void dense_task(void* data, size_t task) {
-  const Group& group = *static_cast<const Group*>(data);
-  const auto i = static_cast<int64_t>(task);
-  group.tier.dense(group.layer, group.tile(i / group.layer.n_blocks), i % group.layer.n_blocks);
+void dense_task(const Group& group, int64_t task) {
+  group.tier.dense(group.layer, group.tile(task / group.layer.n_blocks), task % group.layer.n_blocks);
 }
 
-void sparse_task(void* data, size_t task) {
-  const Group& group = *static_cast<const Group*>(data);
-  const auto i = static_cast<int64_t>(task);
-  const int64_t first = i % group.n_chunks * group.plan.chunk_rows;
-  group.tier.sparse(group.layer, group.tile(i / group.n_chunks), first,
+void sparse_task(const Group& group, int64_t task) {
+  const int64_t first = task % group.n_chunks * group.plan.chunk_rows;
+  group.tier.sparse(group.layer, group.tile(task / group.n_chunks), first,
                     std::min(group.plan.chunk_rows, group.layer.out_features - first));
 }
 
-void normalize_task(void* data, size_t task) {
-  const Group& group = *static_cast<const Group*>(data);
-  const int64_t first = static_cast<int64_t>(task) * kNormalizedTokens, start = first * group.layer.out_features;
+void normalize_task(const Group& group, int64_t task) {
+  const int64_t first = task * kNormalizedTokens, start = first * group.layer.out_features;
   group.tier.normalize(group.layer, group.residual ? group.residual + start : nullptr, group.y + start,
                        std::min(kNormalizedTokens, group.tokens - first));
 }
 
-size_t tasks_of(int64_t n, int64_t each) { return static_cast<size_t>((n + each - 1) / each); }
+// Tasks that need what the phase before them leaves, and nothing of each other.
+struct Phase {
+  void (*task)(const Group&, int64_t);
+  int64_t n_tasks;
+};
+
+using Phases = std::array<Phase, 4>;
+
+Phases phases_of(const Group& group) {
+  const auto tasks = [](int64_t n, int64_t each) { return (n + each - 1) / each; };
+  const int64_t n_tiles = tasks(group.tokens, group.plan.tile_tokens);
+  const bool normalized = group.residual || group.layer.norm_weight;
+  return {{{prepare_task, group.tier.prepare ? tasks(round_up(group.tokens, group.tier.lanes), kPreparedTokens) : 0},
+           {dense_task, n_tiles * group.layer.n_blocks},
+           {sparse_task, n_tiles * group.n_chunks},
+           {normalize_task, normalized ? tasks(group.tokens, kNormalizedTokens) : 0}}};
+}
+
+// All phases of all groups as one list of tasks. Threads take them in order and wait, if they have to, for the end of
+// the phase before: to let a thread sleep and wake it again for every phase costs more than many a phase does.
+struct Work {
+  const Group& whole;  // as if all tokens were one group
+  alignas(64) std::atomic<int64_t> taken{0};
+  alignas(64) std::atomic<int64_t> done{0};
+
+  Group group(int64_t first) const {
+    Group group = whole;
+    const int64_t start = first * whole.layer.out_features;
+    group.x += first * whole.layer.in_features;
+    group.y += start;
+    if (group.residual) group.residual += start;
+    group.tokens = std::min(whole.plan.group_tiles * whole.plan.tile_tokens, whole.tokens - first);
+    return group;
+  }
+};
+
+// A phase's last tasks take microseconds; longer waits are for threads that have lost their core.
+constexpr int kPauses = 2000;
+
+void wait_for(const std::atomic<int64_t>& done, int64_t n_tasks) {
+  for (int i = 0; done.load(std::memory_order_acquire) < n_tasks; ++i) {
+#if defined(__x86_64__)
+    if (i < kPauses) {
+      __builtin_ia32_pause();
+      continue;
+    }
+#endif
+    std::this_thread::yield();
+  }
+}
+
+// What every thread does, until no task is left. Whoever waits, waits for tasks that running threads have taken.
+void work_off(void* data, size_t) {
+  Work& work = *static_cast<Work*>(data);
+  int64_t start = 0, task = work.taken++;
+  for (int64_t first = 0; first < work.whole.tokens; first += work.group(first).tokens) {
+    const Group group = work.group(first);
+    for (const Phase& phase : phases_of(group)) {
+      for (; task < start + phase.n_tasks; task = work.taken++) {
+        wait_for(work.done, start);
+        phase.task(group, task - start);
+        work.done.fetch_add(1, std::memory_order_release);
+      }
+      start += phase.n_tasks;
+    }
+  }
+}
 
 }  // namespace
 
@@ -133,22 +197,12 @@ Plan make_plan(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) 
 
 void ds_linear(const DsLinear& layer, const DsLinearTier& tier, const Plan& plan, const float* x, const float* residual,
                float* y, int64_t tokens, float* scratch, const Executor& executor) {
-  const int64_t group_tokens = plan.group_tiles * plan.tile_tokens;
   const int64_t n_chunks = round_up(layer.out_features, plan.chunk_rows) / plan.chunk_rows;
-  for (int64_t first = 0; first < tokens; first += group_tokens) {
-    const int64_t count = std::min(group_tokens, tokens - first);
-    const int64_t n_tiles = round_up(count, plan.tile_tokens) / plan.tile_tokens;
-    const int64_t start = first * layer.out_features;
-    Group group{layer, tier, plan, x + first * layer.in_features, residual ? residual + start : nullptr,
-                y + start, count, scratch, n_chunks};
-    const auto run = [&](void (*task)(void*, size_t), size_t n_tasks) {
-      executor.run(executor.context, task, n_tasks, &group);
-    };
-    if (tier.prepare) run(prepare_task, tasks_of(round_up(count, tier.lanes), kPreparedTokens));
-    run(dense_task, tasks_of(n_tiles * layer.n_blocks, 1));
-    run(sparse_task, tasks_of(n_tiles * n_chunks, 1));
-    if (residual || layer.norm_weight) run(normalize_task, tasks_of(count, kNormalizedTokens));
-  }
+  const Group whole{layer, tier, plan, x, residual, y, tokens, scratch, n_chunks};
+  Work work{whole};
+  int64_t most = 1;  // threads that can have something to do
+  for (const Phase& phase : phases_of(work.group(0))) most = std::max(most, phase.n_tasks);
+  executor.run(executor.context, work_off, static_cast<size_t>(most), &work);
 }
 
 }  // namespace dsformer
