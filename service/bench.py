@@ -3,7 +3,8 @@
 Noise hits whoever happens to run when it comes, so the folders take turns: every round runs each of them once, forwards
 in one round and backwards in the next, and a ratio is always of two runs of the same round. What is reported is the
 median, with the quartiles as its spread. The runs are the service's own: same session options, same padding. Other
-systems can take their turns too, on the graph of the first dense folder (`peers.py`).
+systems can take their turns too, on the graph of the first dense folder (`peers.py`). Load time and peak memory are
+of processes that hold one folder alone (`alone.py`), and so is the check of every compressed folder's answers.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
 from tqdm import tqdm
 
 import kernels
-from service import artifact, peers
+from service import alone, artifact, peers, plots
+from service.alone import random_rows
 from service.errors import BackendFailed, StartError
 from service.model import OnnxModel
 from service.settings import available_cpus, read_options
@@ -38,6 +39,9 @@ from service.tokenizer import Row
 EXIT_FAILED = 1
 # Of random tokens, for peers that are quantized: time does not depend on how many.
 CALIBRATION_ROWS = 4
+# The most that a compressed model's answers may differ from the scalar tier's, relative to the largest: several times
+# what 16-bit integers cost, and far less than a mistake would.
+LARGEST_DIFFERENCE = 0.01
 
 
 class Options(BaseSettings):
@@ -63,7 +67,9 @@ class Options(BaseSettings):
     shapes: str = Field(default="1x32,1x128,1x384,8x128", description="Batch x tokens, comma-separated.")
     rounds: int = Field(default=20, ge=1, description="Runs of each folder per shape.")
     warm_up: int = Field(default=3, ge=0, description="Runs of each folder per shape that are not counted.")
+    loads: int = Field(default=3, ge=0, description="Processes per folder that measure load time and memory; 0: none.")
     threads: int = Field(default_factory=available_cpus, ge=1, le=1024, description="CPU threads of one run.")
+    plot: Path | None = Field(default=None, description="Draw the speed-ups into this file, .svg or .png.")
     json_file: Path | None = Field(default=None, alias="json", description="Write every number here as JSON.")
 
     @classmethod
@@ -107,6 +113,16 @@ class Measurement:
     quartiles: tuple[float, float]
     speedup: float
     speedup_quartiles: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One folder in processes of its own, medians. difference: of its answers from the scalar tier's (None: dense)."""
+
+    name: str
+    load_seconds: float
+    peak_megabytes: float
+    difference: float | None
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
@@ -153,12 +169,6 @@ def measure(
     return found
 
 
-def random_rows(batch: int, tokens: int, vocabulary: int) -> list[Row]:
-    """Rows of exactly so many tokens: time does not depend on which."""
-    ids = np.random.default_rng(0).integers(0, vocabulary, (batch, tokens), dtype=np.int64)
-    return [Row(row, np.zeros(tokens, np.int64)) for row in ids]
-
-
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
     """Lower and upper quartile; of a single value, the value."""
     if len(values) < 2:
@@ -182,12 +192,53 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def table(found: Sequence[Measurement], contenders: Sequence[Contender], facts: dict[str, Any]) -> str:
+def footprints(
+    models: Sequence[OnnxModel], names: Sequence[str], threads: int, shape: tuple[int, int], loads: int
+) -> list[Footprint]:
+    """Load each folder in processes of its own, in turns; compressed ones once more in the scalar tier, to compare.
+
+    Raises StartError where a compressed folder's answers are not those of the scalar tier.
+    """
+    folders = [model.artifact.path for model in models]
+    seen = [[alone.start(folder, threads, *shape) for folder in folders] for _ in range(loads)]
+    found = []
+    for i, (model, name) in enumerate(zip(models, names, strict=True)):
+        own = [turn[i] for turn in seen]
+        difference = None
+        if model.artifact.variant == "dsformer":
+            wanted = alone.start(folders[i], threads, *shape, isa="scalar")
+            difference = alone.difference(own[0].outputs, wanted.outputs)
+            if not difference <= LARGEST_DIFFERENCE:
+                raise StartError(
+                    f"The answers of {name} differ from the scalar tier's by {difference:.2g} of the largest, more "
+                    f"than {LARGEST_DIFFERENCE}: its times would mean nothing."
+                )
+        found.append(
+            Footprint(
+                name,
+                statistics.median(one.load_seconds for one in own),
+                statistics.median(one.peak_megabytes for one in own),
+                difference,
+            )
+        )
+    return found
+
+
+def table(
+    found: Sequence[Measurement],
+    contenders: Sequence[Contender],
+    alones: Sequence[Footprint],
+    facts: dict[str, Any],
+) -> str:
     """The numbers as Markdown, for people and for pull requests."""
-    lines = ["| | model.onnx | |", "|---|---|---|"]
+    lines = ["| | model.onnx | | loads in | peak memory | off the scalar tier |", "|---|---|---|---|---|---|"]
+    by_name = {one.name: one for one in alones}
     for one in contenders:
         size = "" if one.megabytes is None else f"{one.megabytes:.1f} MB"
-        lines.append(f"| {one.name} | {size} | {one.what} |")
+        own = by_name.get(one.name)
+        load, peak = (f"{own.load_seconds:.2f} s", f"{own.peak_megabytes:.0f} MB") if own else ("", "")
+        off = f"{own.difference:.1e}" if own and own.difference is not None else ""
+        lines.append(f"| {one.name} | {size} | {one.what} | {load} | {peak} | {off} |")
     lines += ["", "| batch x tokens | | ms, median (quartiles) | times as fast as the first (quartiles) |"]
     lines.append("|---|---|---|---|")
     for row in found:
@@ -244,6 +295,8 @@ def make_synthetic(shape: str, preset: str, output: Path) -> list[Path]:
 
 def run(options: Options) -> None:
     shapes = parse_shapes(options.shapes)
+    if options.plot:
+        plots.require_matplotlib()
     with tempfile.TemporaryDirectory() as scratch:
         folders = list(options.folders)
         if options.synthetic:
@@ -257,12 +310,22 @@ def run(options: Options) -> None:
                 raise StartError(f"The shape {batch}x{tokens} has more tokens than the models take, which is {limit}.")
         facts = machine(options.threads)
         contenders = of_folders(models)
+        alones = []
+        if options.loads:
+            names = [one.name for one in contenders]
+            alones = footprints(models, names, options.threads, shapes[0], options.loads)
         contenders += of_peers(peers.choose(options.peers), models, options.threads, Path(scratch))
         vocabulary = 1 + min(model.tokenizer.max_id for model in models)
         found = measure(contenders, shapes, vocabulary, options.rounds, options.warm_up)
-    print(table(found, contenders, facts))
+    print(table(found, contenders, alones, facts))
+    if options.plot:
+        plots.speedups(found, facts, options.plot)
     if options.json_file:
-        report = {"machine": facts, "measurements": [asdict(row) for row in found]}
+        report = {
+            "machine": facts,
+            "folders": [asdict(one) for one in alones],
+            "measurements": [asdict(row) for row in found],
+        }
         options.json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

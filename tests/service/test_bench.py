@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service import artifact, bench, peers
+import kernels
+from service import alone, artifact, bench, peers
+from service.errors import StartError
 from service.model import OnnxModel
 
 
@@ -15,8 +17,16 @@ def test_each_folder_is_timed_at_each_shape(models: Path, tmp_path: Path, capsys
     folders = [str(models / f"tiny-classify-{variant}") for variant in ("dense", "dsformer")]
     report = tmp_path / "report.json"
     options = ["--shapes", "1x9,3x17", "--rounds", "4", "--warm-up", "1", "--threads", "1", "--json", str(report)]
-    bench.main([*folders, *options])
+    plot = tmp_path / "plot.svg"
+    bench.main([*folders, *options, "--loads", "1", "--plot", str(plot)])
     told = json.loads(report.read_text())
+    dense, compressed = told["folders"]
+    assert dense["difference"] is None
+    assert 0 < compressed["difference"] < bench.LARGEST_DIFFERENCE or kernels.isa().name == "scalar"
+    for one in told["folders"]:
+        assert 0 < one["load_seconds"] < 60
+        assert 20 < one["peak_megabytes"] < 4000  # a Python with NumPy and ONNX Runtime in it
+    assert "<svg" in plot.read_text()
     rows = told["measurements"]
     names = ["tiny-classify-dense", "tiny-classify-dsformer"]
     wanted = [(name, *shape) for shape in ((1, 9), (3, 17)) for name in names]
@@ -31,6 +41,31 @@ def test_each_folder_is_timed_at_each_shape(models: Path, tmp_path: Path, capsys
     printed = capsys.readouterr().out
     assert printed.count("| 1x9 |") == 2
     assert "tiny-classify-dsformer" in printed
+
+
+def test_answers_that_are_not_the_scalar_tiers_are_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models / "tiny-classify-dsformer"
+    model = OnnxModel(artifact.read(folder), 1)
+    outputs = {None: [1.0, 2.0], "scalar": [1.0, 2.1]}
+
+    def start(folder: Path, threads: int, batch: int, tokens: int, isa: str | None = None) -> alone.Alone:
+        return alone.Alone(0.1, 100.0, outputs[isa])
+
+    monkeypatch.setattr(bench.alone, "start", start)
+    with pytest.raises(StartError, match=r"differ from the scalar tier's by 0\.048 of the largest"):
+        bench.footprints([model], ["tiny"], 1, (1, 9), 1)
+
+
+def test_a_folder_that_cannot_be_run_alone_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=r"could not be run alone: .*nowhere"):
+        alone.start(tmp_path / "nowhere", 1, 1, 9)
+
+
+def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench.plots.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        bench.main(["nowhere", "--plot", "plot.svg"])
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_contenders_take_turns_and_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +113,7 @@ def test_installed_peers_are_timed_too(models: Path, capsys: pytest.CaptureFixtu
     if not peers.choose("installed"):
         pytest.skip("no peer is installed")
     folders = [str(models / f"tiny-qa-{variant}") for variant in ("dense", "dsformer")]
-    bench.main([*folders, "--peers", "installed", "--shapes", "1x9", "--rounds", "1", "--warm-up", "0"])
+    bench.main([*folders, "--peers", "installed", "--shapes", "1x9", "--rounds", "1", "--warm-up", "0", "--loads", "0"])
     printed = capsys.readouterr().out
     assert all(f"| 1x9 | {name} |" in printed for name in peers.choose("installed"))
 
