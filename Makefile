@@ -1,4 +1,4 @@
-# Four words: serve · test · check · build.
+# Five words: serve · test · bench · check · build.
 #
 # `make serve` and `make test` need nothing but Python 3.10 or later and a C++ compiler: the virtual environment,
 # its packages and the C++ library are made on the first call, and again when pyproject.toml or the C++ changes.
@@ -10,7 +10,7 @@ VENV ?= .venv
 # processor's build is
 #   make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
-# More words for pytest: make test ARGS='tests/kernels -k omp'
+# More words for pytest or the benchmark of layers: make test ARGS='tests/kernels -k omp'
 ARGS ?=
 
 bin := $(VENV)/bin
@@ -18,7 +18,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 everything := '.[compress,test]'
 sources := pyproject.toml kernels/CMakeLists.txt $(wildcard kernels/csrc/* kernels/csrc/*/*)
 
-.PHONY: build check test serve
+.PHONY: bench build check test serve
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/for-serving
@@ -26,6 +26,9 @@ serve: $(VENV)/for-serving
 
 test: $(VENV)/for-testing
 	$(bin)/pytest $(ARGS)
+
+bench: $(VENV)/for-testing
+	PYTHONPATH=tests:tests/kernels $(bin)/python tests/bench/layers.py $(ARGS)
 
 check: $(VENV)/for-testing
 	$(bin)/ruff check .
