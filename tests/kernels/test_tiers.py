@@ -1,6 +1,8 @@
 """Every op in every tier against the float64 reference, in the newest and in the oldest runtime we promise."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from kernels import isa, library_path, reference
 
 TIERS = ("scalar", "avx2", "avx512", "avx512vnni")
 RUN_MODELS = Path(__file__).with_name("run_models.py")
+RUN_GUARDED = Path(__file__).with_name("run_guarded.py")
 
 # (heads, width of a head); widths that are no multiple of a vector or of the rows in flight.
 ATTENTION_HEADS = ((12, 32), (2, 64), (3, 20), (1, 1), (1, 256))
@@ -107,20 +110,43 @@ def models(tmp_path_factory):
         (folder / f"{check.name}.onnx").write_bytes(check.model)
         named = {f"{name}{i}": tensor for i, each in enumerate(check.inputs) for name, tensor in each.items()}
         np.savez(folder / f"{check.name}.npz", **named)
+        np.savez(folder / f"{check.name}.shapes.npz", **{f"y{i}": y.shape for i, y in enumerate(check.expected)})
     return folder, checks
 
 
-@pytest.mark.parametrize("tier", TIERS)
-def test_tier_matches_the_reference(models, tier):
-    folder, checks = models
-    probe = run([sys.executable, "-c", "import kernels; print(kernels.isa())"], DSFORMER_ISA=tier)
+@pytest.fixture(params=TIERS)
+def tier(request):
+    """A tier that this machine has."""
+    probe = run([sys.executable, "-c", "import kernels; print(kernels.isa())"], DSFORMER_ISA=request.param)
     if "is impossible here" in probe.stderr:
         pytest.skip(probe.stderr.strip().splitlines()[-1])
-    assert f"name='{tier}', reason='forced by DSFORMER_ISA={tier}'" in probe.stdout, probe.stderr
+    assert f"name='{request.param}', reason='forced by DSFORMER_ISA={request.param}'" in probe.stdout, probe.stderr
+    return request.param
+
+
+def test_tier_matches_the_reference(models, tier):
+    folder, checks = models
     done = run([sys.executable, RUN_MODELS, library_path(), folder], DSFORMER_ISA=tier)
     assert done.returncode == 0, done.stderr
     assert "odd ['batch', 'sequence', 53]" in done.stdout
     check_outputs(folder, checks, tier)
+
+
+def test_tier_stays_within_its_tensors(models, tier):
+    folder, checks = models
+    done = run([sys.executable, RUN_GUARDED, library_path(), folder], DSFORMER_ISA=tier)
+    assert done.returncode == 0, f"status {done.returncode} (-11: memory that is not a tensor's)\n{done.stderr}"
+    check_outputs(folder, checks, tier)
+
+
+@pytest.mark.parametrize("name", ["X", "dictionary", "values", "norm_weight", "residual"])
+def test_tensors_are_used_where_they_lie(models, tmp_path, name):
+    """And a touch of a guarded page is seen at all."""
+    folder, _ = models
+    for file in folder.glob("bert-output-norm.*"):
+        shutil.copy(file, tmp_path)
+    done = run([sys.executable, RUN_GUARDED, library_path(), tmp_path, name])
+    assert done.returncode == -signal.SIGSEGV
 
 
 def test_oldest_supported_onnxruntime(models):
