@@ -49,33 +49,60 @@ float largest_number(const float* x, int64_t n) {
   return _mm512_reduce_max_ps(largest);
 }
 
-// Of one token: the largest norm of its blocks, or for tokens whose squares leave float32's range a bound of it;
-// infinite or NaN if the token is.
-float longest_block(const DsLinear& layer, const float* x) {
-  float largest = 0.0f, total = 0.0f;
-  for (int64_t block = 0; block < layer.n_blocks; ++block) {
-    const float* start = x + block * layer.width;
-    Vec squares = zero();
-    for (int64_t b = 0; b < layer.width; b += kLanes) {
-      const Vec v = load_first(start + b, smaller(kLanes, layer.width - b));
-      squares = fma(v, v, squares);
+// The sums of squares of a block of each of 16 tokens.
+Vec squares(const float* const* tokens, int64_t column, int64_t width) {
+  Vec v[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const float* block = tokens[i] + column;
+    v[i] = zero();
+    int64_t b = 0;
+    for (; b + kLanes <= width; b += kLanes) v[i] = fma(load(block + b), load(block + b), v[i]);
+    if (b < width) {
+      const Vec last = load_first(block + b, width - b);
+      v[i] = fma(last, last, v[i]);
     }
-    const float square = _mm512_reduce_add_ps(squares);
-    total += square;
-    largest = square > largest ? square : largest;
   }
-  if (__builtin_isnan(total)) return total;
-  if (largest > kLeastSquare && total < kLargestSquare) return root(largest);
-  return largest_number(x, layer.in_features) * root(static_cast<float>(layer.width));
+  transpose(v);
+  for (int64_t step = kLanes / 2; step > 0; step /= 2) {
+    for (int64_t i = 0; i < step; ++i) v[i] = v[i] + v[i + step];
+  }
+  return v[0];
 }
 
-// 32 numbers (or fewer: the others are zero) as 16-bit integers.
-Vec quantized(const float* x, int64_t n, Vec scale) {
-  const Vec low = load_first(x, smaller(kLanes, n)) * scale;
-  const Vec high = n > kLanes ? load_first(x + kLanes, n - kLanes) * scale : zero();
-  const __m256i a = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low));
-  const __m256i b = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high));
-  return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+// norms: of each of 16 tokens the largest norm of its blocks, or for tokens whose squares leave float32's range a
+// bound of it; infinite or NaN if the token is.
+void longest_blocks(const DsLinear& layer, const float* const* tokens, float* norms) {
+  Vec largest = zero(), total = zero();
+  for (int64_t block = 0; block < layer.n_blocks; ++block) {
+    const Vec square = squares(tokens, block * layer.width, layer.width);
+    largest = max(square, largest);
+    total = total + square;
+  }
+  float largest_of[kLanes], total_of[kLanes];
+  store(largest_of, largest);
+  store(total_of, total);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    if (__builtin_isnan(total_of[i])) {
+      norms[i] = total_of[i];
+    } else if (largest_of[i] > kLeastSquare && total_of[i] < kLargestSquare) {
+      norms[i] = root(largest_of[i]);
+    } else {
+      norms[i] = largest_number(tokens[i], layer.in_features) * root(static_cast<float>(layer.width));
+    }
+  }
+}
+
+// 32 numbers as 16-bit integers.
+Vec integers(Vec low, Vec high, Vec scale) {
+  // Packing works in 128-bit parts; the permutation puts theirs in order.
+  const __m512i packed = _mm512_packs_epi32(_mm512_cvtps_epi32(low * scale), _mm512_cvtps_epi32(high * scale));
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), packed));
+}
+
+// The same of the first n of them; the others are zero.
+Vec first_integers(const float* x, int64_t n, Vec scale) {
+  const Vec low = load_first(x, smaller(kLanes, n));
+  return integers(low, n > kLanes ? load_first(x + kLanes, n - kLanes) : zero(), scale);
 }
 
 // What `prepare` leaves: column pairs (N/B · pairs, pitch), then each token's factor (pitch): a sum of its products
@@ -88,24 +115,28 @@ float* factors_at(const DsLinear& layer, const Tile& tile) {
 static_assert(kPreparedTokens == kLanes, "prepare transposes one square of tokens at a time");
 
 void prepare(const DsLinear& layer, const Tile& tile, int64_t first) {
-  const int64_t pairs = pairs_of(layer.width), tokens = tile.tokens - first;
+  const int64_t pairs = pairs_of(layer.width);
   int32_t* out = pairs_at(layer, tile) + first;
   float* factors = factors_at(layer, tile) + first;
+  const float* tokens[kLanes];  // lanes beyond the last token repeat it: nothing of theirs is stored
+  for (int64_t i = 0; i < kLanes; ++i) tokens[i] = tile.x + smaller(first + i, tile.tokens - 1) * layer.in_features;
+  float norms[kLanes];
+  longest_blocks(layer, tokens, norms);
   Vec scales[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) {
-    const float norm = i < tokens ? longest_block(layer, tile.x + (first + i) * layer.in_features) : 0.0f;
-    const bool usable = norm > kTiny && norm < __builtin_inff();
-    scales[i] = broadcast_value(usable ? kNorm / norm : 0.0f);
-    factors[i] = usable ? norm * (static_cast<float>(kLongestAtom) / kNorm) : norm <= kTiny ? 0.0f : __builtin_nanf("");
+    const bool usable = norms[i] > kTiny && norms[i] < __builtin_inff();
+    scales[i] = broadcast_value(usable ? kNorm / norms[i] : 0.0f);
+    factors[i] = usable               ? norms[i] * (static_cast<float>(kLongestAtom) / kNorm)
+                 : norms[i] <= kTiny ? 0.0f
+                                     : __builtin_nanf("");
   }
   for (int64_t block = 0; block < layer.n_blocks; ++block) {
     for (int64_t pair = 0; pair < pairs; pair += kLanes) {
-      const int64_t column = block * layer.width + 2 * pair;
+      const int64_t column = block * layer.width + 2 * pair, n = layer.width - 2 * pair;
       Vec v[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        v[i] = i < tokens ? quantized(tile.x + (first + i) * layer.in_features + column,
-                                      smaller(2 * kLanes, layer.width - 2 * pair), scales[i])
-                          : zero();
+        const float* x = tokens[i] + column;
+        v[i] = n >= 2 * kLanes ? integers(load(x), load(x + kLanes), scales[i]) : first_integers(x, n, scales[i]);
       }
       transpose(v);
       for (int64_t j = 0; j < smaller(kLanes, pairs - pair); ++j) {
