@@ -1,4 +1,4 @@
-"""``dsformer-compress``: finetune, average, compress, export, evaluate, or ``run`` for all of it."""
+"""``dsformer-compress``: finetune, compress, export, evaluate, or ``run`` for all of it."""
 
 from __future__ import annotations
 
@@ -126,22 +126,6 @@ def finetune(
     )
     source = _data(task, data, train_file, validation_file, rows)
     _show(pipeline.finetune(model, source, config, output, resume=resume).metrics, str(output))
-
-
-@app.command()
-def average(
-    checkpoint: Annotated[list[Path], typer.Option(help="A dense checkpoint folder; give it two times or more.")],
-    task: TaskName,
-    output: Output,
-    data: DataFolder = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-) -> None:
-    """Average the weights of several fine-tunings of one base: often better than each, and no larger."""
-    from compressor import pipeline
-
-    record = pipeline.average(checkpoint, _data(task, data, train_file, validation_file, None), output)
-    _show(record.metrics, str(output))
 
 
 @app.command()

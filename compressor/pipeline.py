@@ -1,7 +1,6 @@
 """The stages of a compression and what they hand to each other: folders, so that a killed run goes on from the last.
 
 finetune   model → dense checkpoint                 (FT)
-average    dense checkpoints of one base → dense checkpoint
 compress   dense checkpoint → factorized checkpoint (K-SVD, then STF or frozen supports)
 export     checkpoint → model folder for the service
 run        all of them, and the measured card
@@ -136,53 +135,6 @@ def finetune(
         extra={"train_rows": len(training), "validation_rows": len(validation), "steps": result.steps},
     )
     return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record)
-
-
-def average(sources: Sequence[Path], data: Data, output: Path, *, measure: bool = True) -> Record:
-    """Average the weights of dense checkpoints fine-tuned from one base into the checkpoint folder ``output``.
-
-    Fine-tunings of one base by different recipes or seeds end in one basin of the loss, and its middle is better
-    than its rim ("model soups", https://arxiv.org/abs/2203.05482); the model costs no more than any one of them.
-    """
-    if len(sources) < 2:
-        raise ConfigError(f"an average takes at least two checkpoints, got {len(sources)}")
-    task = data.resolve()
-    first, *others = [checkpoint.load(str(source), task) for source in sources]
-    mean = first.model.state_dict()  # the model's own tensors: to change them is to change it
-    for source, loaded in zip(sources, (first, *others), strict=True):
-        if loaded.factors:
-            raise ConfigError(f"{source} is factorized; only dense checkpoints can be averaged")
-        _same_base(sources[0], first, source, loaded)
-    for place, loaded in enumerate(others, start=2):
-        for name, tensor in loaded.model.state_dict().items():
-            mean[name] += ((tensor - mean[name]) / place).to(tensor.dtype)
-    records = [loaded.record for loaded in (first, *others)]
-    _, validation = data.examples(task, records[0].seed if records[0] else 0)
-    record = Record(
-        task=task.name,
-        base_model=records[0].base_model if records[0] else sources[0].name,
-        stage="average",
-        seed=records[0].seed if records[0] else 0,
-        minutes=round(sum(record.minutes for record in records if record), 1),
-        versions=versions(),
-        extra={
-            "train_rows": max((record.extra.get("train_rows", 0) for record in records if record), default=0),
-            "validation_rows": len(validation),
-            "members": [
-                {"train": record.train, "seed": record.seed, "metrics": record.metrics} for record in records if record
-            ],
-        },
-    )
-    return _finish(output, first.model, first.tokenizer, task, validation if measure else [], record)
-
-
-def _same_base(one: Path, first: checkpoint.Checkpoint, other: Path, second: checkpoint.Checkpoint) -> None:
-    """Raise :class:`ConfigError` unless both checkpoints can have come from one base."""
-    bases = [loaded.record.base_model for loaded in (first, second) if loaded.record]
-    shapes = [{name: t.shape for name, t in loaded.model.state_dict().items()} for loaded in (first, second)]
-    if len(set(bases)) > 1 or shapes[0] != shapes[1]:
-        said = f" ({' and '.join(bases)})" if len(set(bases)) > 1 else ""
-        raise ConfigError(f"{one} and {other} do not come from one base{said}; their average would be no model")
 
 
 def compress(
