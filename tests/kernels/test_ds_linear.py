@@ -97,3 +97,19 @@ def test_one_session_serves_growing_and_shrinking_inputs_from_two_threads():
         together = list(pool.map(lambda x: model.run(None, {"X": x})[0], xs * 3))
     for y, wanted in zip(together, alone * 3, strict=True):
         np.testing.assert_array_equal(y, wanted)
+
+
+@pytest.mark.parametrize("storage", ["float32", "int16"])
+def test_a_hundred_thousand_tokens_on_more_threads_than_cores(storage):
+    """Hundreds of groups of tiles, whose tasks the threads take from one list."""
+    case = Case("odd", 3, 17, 37, 53, 5, storage=storage, residual=True, norm=True)
+    arrays = case.arrays()
+    model = one_node_model(arrays, inputs=("X", "residual"))
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((1, 100_000, 51)).astype(np.float32)
+    residual = rng.standard_normal((1, 100_000, 53)).astype(np.float32)
+    one, many = (session(model, threads).run(None, {"X": x, "residual": residual})[0] for threads in (1, 16))
+    np.testing.assert_array_equal(one, many)
+    some = slice(None, None, 997)
+    wanted = reference.ds_linear(x[:, some], residual=residual[:, some], **arrays)
+    assert np.abs(many[:, some] - wanted).max() < MAX_INTEGER_ERROR * np.abs(wanted).max()
