@@ -46,9 +46,17 @@ def watch(folder: Path, threads: int, batch: int, tokens: int) -> Alone:
     """Load the folder and run it once, here."""
     model = OnnxModel(artifact.read(folder), threads)
     outputs = model.run(random_rows(batch, tokens, 1 + model.tokenizer.max_id))
-    # ru_maxrss is in KiB, but in bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Alone(model.load_seconds, peak / 1e6, np.concatenate([output.ravel() for output in outputs]).tolist())
+    return Alone(model.load_seconds, peak_bytes() / 1e6, np.concatenate([each.ravel() for each in outputs]).tolist())
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held."""
+    try:
+        # Not ru_maxrss: Linux counts in it what the parent held when it started this process.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def start(folder: Path, threads: int, batch: int, tokens: int, isa: str | None = None) -> Alone:

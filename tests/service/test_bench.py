@@ -56,6 +56,14 @@ def test_answers_that_are_not_the_scalar_tiers_are_refused(models: Path, monkeyp
         bench.footprints([model], ["tiny"], 1, (1, 9), 1)
 
 
+def test_the_memory_of_who_asks_is_not_counted(models: Path) -> None:
+    folder = models / "tiny-classify-dense"
+    before = alone.start(folder, 1, 1, 9).peak_megabytes
+    held = np.ones(500_000_000 // 8)
+    assert alone.start(folder, 1, 1, 9).peak_megabytes < before + 100
+    assert held.nbytes == 500_000_000
+
+
 def test_a_folder_that_cannot_be_run_alone_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"could not be run alone: .*nowhere"):
         alone.start(tmp_path / "nowhere", 1, 1, 9)
