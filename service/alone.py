@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from service import artifact
 from service.errors import BackendFailed, StartError
@@ -72,8 +71,7 @@ def start(folder: Path, threads: int, batch: int, tokens: int, isa: str | None =
 def difference(found: Sequence[float], wanted: Sequence[float]) -> float:
     """The largest difference, relative to the largest number wanted."""
     one, other = (np.asarray(values, dtype=np.float64) for values in (found, wanted))
-    largest: npt.NDArray[np.float64] = np.abs(one - other).max()
-    return float(largest / max(np.abs(other).max(), np.finfo(np.float64).tiny))
+    return float(np.abs(one - other).max() / max(np.abs(other).max(), np.finfo(np.float64).tiny))
 
 
 def main() -> None:

@@ -30,13 +30,12 @@ from tqdm import tqdm
 
 import kernels
 from service import alone, artifact, peers, plots
-from service.alone import random_rows
+from service.alone import EXIT_FAILED, random_rows
 from service.errors import BackendFailed, StartError
 from service.model import OnnxModel
 from service.settings import available_cpus, read_options
 from service.tokenizer import Row
 
-EXIT_FAILED = 1
 # Of random tokens, for peers that are quantized: time does not depend on how many.
 CALIBRATION_ROWS = 4
 # The most that a compressed model's answers may differ from the scalar tier's, relative to the largest: several times

@@ -49,7 +49,7 @@ struct DsLinear {
   float norm_epsilon;        // added to the variance
 };
 
-// Consecutive tokens and their scratch. Lanes from `tokens` up to `pitch` hold products of zeros.
+// Consecutive tokens and their scratch. What lanes from `tokens` up to `pitch` hold is never stored in y.
 struct Tile {
   const float* x;   // (tokens, N)
   float* y;         // (tokens, M)
