@@ -71,6 +71,13 @@ Distill = Annotated[
 ]
 Hidden = Annotated[float, typer.Option(help="Weight of the relative distance to the teacher's hidden states.")]
 Interval = Annotated[int, typer.Option(help="Steps between fresh codings; in between the supports are kept.")]
+EvaluateEvery = Annotated[
+    int,
+    typer.Option(
+        help="Measure on the validation data after so many steps and keep the best weights (0: keep the last). Scores "
+        "of weights chosen like this are a little too good for unseen data."
+    ),
+]
 StorageType = Annotated[
     Literal["int16", "float16", "float32"],
     typer.Option(help="How the model folder stores weights; int16: those not factorized as float16."),
@@ -109,6 +116,7 @@ def finetune(
     dropout: Dropout = None,
     precision: Precision = "auto",
     seed: Seed = 0,
+    evaluate_every: EvaluateEvery = 0,
     resume: Resume = False,
 ) -> None:
     """Fine-tune a model densely; the checkpoint is an ordinary Hugging Face folder."""
@@ -123,6 +131,7 @@ def finetune(
         dropout=dropout,
         precision=precision,
         seed=seed,
+        evaluate_every=evaluate_every,
     )
     source = _data(task, data, train_file, validation_file, rows)
     _show(pipeline.finetune(model, source, config, output, resume=resume).metrics, str(output))
@@ -156,6 +165,7 @@ def compress(
     distill: Distill = True,
     hidden_weight: Hidden = 0.0,
     omp_interval: Interval = 1,
+    evaluate_every: EvaluateEvery = 0,
     resume: Resume = False,
 ) -> None:
     """Factorize a fine-tuned checkpoint by K-SVD and train through the factorization."""
@@ -171,6 +181,7 @@ def compress(
         dropout=dropout,
         precision=precision,
         seed=seed,
+        evaluate_every=evaluate_every,
         distill_weight=0.9 if distill else 0.0,
         hidden_weight=hidden_weight if distill else 0.0,
         omp_interval=omp_interval,
@@ -315,6 +326,7 @@ def run(
     distill: Distill = True,
     hidden_weight: Hidden = 0.0,
     omp_interval: Interval = 1,
+    evaluate_every: EvaluateEvery = 0,
     storage: StorageType = "int16",
     dense_output: Annotated[Path | None, typer.Option(help="Keep the dense model folder here as well.")] = None,
     work: Annotated[Path, typer.Option(help="Checkpoints between the stages; a killed run goes on from here.")] = Path(
@@ -332,6 +344,7 @@ def run(
         dropout=dense_dropout,
         precision=precision,
         seed=seed,
+        evaluate_every=evaluate_every,
     )
     sparse = TrainConfig(
         **_passes(compress_epochs),
@@ -343,6 +356,7 @@ def run(
         dropout=0.0,
         precision=precision,
         seed=seed,
+        evaluate_every=evaluate_every,
         distill_weight=0.9 if distill else 0.0,
         hidden_weight=hidden_weight if distill else 0.0,
         omp_interval=omp_interval,

@@ -141,6 +141,7 @@ class TrainConfig:
     ``learning_rate`` is for the weights; the dictionaries have their own, since their gradient is that of
     ½‖W − SD‖² and not of the task. ``max_steps`` 0 means whole epochs, of which ``min_steps`` may
     demand more: two passes over a few hundred rows teach nothing. ``dropout`` None keeps the model's own.
+    ``evaluate_every`` steps the model is measured on the validation set, and the best weights are kept; 0: the last.
     """
 
     epochs: float = 2.0
@@ -158,6 +159,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     checkpoint_seconds: float = 120.0
+    evaluate_every: int = 0
     omp_interval: int = 1
     distill_weight: float = 0.9
     distill_temperature: float = 2.0
@@ -171,6 +173,8 @@ class TrainConfig:
         for name in ("warmup_share", "distill_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.evaluate_every < 0:
+            raise ConfigError(f"evaluate_every must be steps, or 0 for never, got {self.evaluate_every}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
 

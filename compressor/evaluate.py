@@ -57,9 +57,12 @@ def evaluate_folder(
 
 
 def evaluate_model(
-    model: Any, tokenizer: Tokenizer, task: Task, examples: Sequence[Example], batch_size: int = 32
+    model: Any, tokenizer: Tokenizer, task: Task, examples: Sequence[Example], batch_size: int = 32, show: bool = True
 ) -> dict[str, float]:
-    """Metrics, in points, of a transformers model on whatever device it is; its mode is left as it was."""
+    """Metrics, in points, of a transformers model on whatever device it is; its mode is left as it was.
+
+    ``show``: with a progress bar.
+    """
     outputs = ("start_logits", "end_logits") if task.kind == "qa" else ("logits",)
 
     def run(inputs: Mapping[str, torch.Tensor]) -> Sequence[NDArray[Any]]:
@@ -71,7 +74,7 @@ def evaluate_model(
     try:
         with torch.inference_mode():
             limit, pad_id = usable_positions(model), tokenizer.pad_token_id
-            return _evaluate(run, tokenizer, pad_id, limit, task, examples, batch_size, "PyTorch")
+            return _evaluate(run, tokenizer, pad_id, limit, task, examples, batch_size, "PyTorch" if show else None)
     finally:
         model.train(was_training)
 
@@ -84,11 +87,11 @@ def _evaluate(
     task: Task,
     examples: Sequence[Example],
     batch_size: int,
-    title: str,
+    name: str | None,
 ) -> dict[str, float]:
     if not examples:
         raise DataError(f"There are no examples to measure {task.name} on.")
-    title = f"measuring {title} on {task.name}"
+    title = name and f"measuring {name} on {task.name}"
     if task.kind == "qa":
         questions = [example for example in examples if isinstance(example, QAExample)]
         features = qa_evaluation_features(questions, tokenizer, limit)
@@ -115,7 +118,7 @@ def qa_evaluation_features(examples: Sequence[QAExample], tokenizer: Tokenizer, 
 
 
 def _predict(
-    run: Run, features: Sequence[Feature], pad_id: int, batch_size: int, title: str
+    run: Run, features: Sequence[Feature], pad_id: int, batch_size: int, title: str | None
 ) -> list[tuple[NDArray[Any], ...]]:
     """Each feature's outputs, in the features' order; batches are of like length to save padding."""
     order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))

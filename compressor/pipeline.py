@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,6 +121,7 @@ def finetune(
         config,
         pad_id=loaded.tokenizer.pad_token_id,
         checkpoint=_beside(output, "training.pt"),
+        score=_headline(model, loaded.tokenizer, task, validation),
         resume=resume,
         title=f"fine-tuning on {task.name}",
     )
@@ -132,7 +133,12 @@ def finetune(
         minutes=round(result.minutes, 1),
         train=asdict(config),
         versions=versions(),
-        extra={"train_rows": len(training), "validation_rows": len(validation), "steps": result.steps},
+        extra={
+            "train_rows": len(training),
+            "validation_rows": len(validation),
+            "steps": result.steps,
+            "kept_step": result.kept_step,
+        },
     )
     return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record)
 
@@ -175,6 +181,7 @@ def compress(
         pad_id=loaded.tokenizer.pad_token_id,
         checkpoint=_beside(output, "training.pt"),
         teacher=teacher,
+        score=_headline(model, loaded.tokenizer, task, validation),
         resume=resume,
         title=f"{schedule} on {task.name}",
     )
@@ -200,10 +207,16 @@ def compress(
             "train_rows": len(training),
             "validation_rows": len(validation),
             "steps": result.steps,
+            "kept_step": result.kept_step,
             "support_flip_share": round(result.support_flip_share, 5),
         },
     )
     return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record)
+
+
+def _headline(model: Any, tokenizer: Any, task: Task, validation: Sequence[Example]) -> Callable[[], float]:
+    """What weights are chosen by: the task's first metric over the validation set, of the model as it is then."""
+    return lambda: evaluate_model(model, tokenizer, task, validation, show=False)[task.metric_names[0]]
 
 
 def _finish(

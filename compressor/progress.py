@@ -22,8 +22,11 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar of ``total`` steps; yields ``advance(note="")`` to be called after each."""
+def progress(title: str | None, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar of ``total`` steps; yields ``advance(note="")`` to be called after each. No title: nothing is shown."""
+    if title is None:
+        yield lambda note="": None
+        return
     if not console.is_terminal:
         yield _lines(title, total, done)
         return

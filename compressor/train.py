@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,13 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a stage did: optimiser steps, wall-clock minutes, the last smoothed loss, mean support flip share."""
+    """What a stage did: optimiser steps, wall-clock minutes, the last smoothed loss, mean support flip share.
+
+    ``kept_step``: the step whose weights the model has now.
+    """
 
     steps: int
+    kept_step: int
     minutes: float
     loss: float
     support_flip_share: float
@@ -55,17 +59,19 @@ def train(
     pad_id: int,
     checkpoint: Path,
     teacher: Any = None,
+    score: Callable[[], float] | None = None,
     resume: bool = False,
     title: str = "training",
 ) -> TrainResult:
     """Train ``model`` in place on ``features`` and leave the checkpoint file behind.
 
     With factorized stacks in the model this is STF (or frozen-support training, if the stacks are frozen). With a
-    ``teacher`` the loss is the usual mix of the task's and the teacher's soft targets.
+    ``teacher`` the loss is the usual mix of the task's and the teacher's soft targets. ``score`` measures ``model`` as
+    it is, more being better; with ``config.evaluate_every`` it is called after so many steps and after the last.
     """
     if not features:
         raise TrainingError("there is nothing to train on: no example gave a usable feature")
-    loop = _Loop(model, features, task, config, pad_id, teacher)
+    loop = _Loop(model, features, task, config, pad_id, teacher, score)
     if resume and checkpoint.exists():
         loop.load(checkpoint)
     saved = time.monotonic()
@@ -76,10 +82,10 @@ def train(
             if time.monotonic() - saved > config.checkpoint_seconds:
                 loop.save(checkpoint)
                 saved = time.monotonic()
-    if loop.stacks and not loop.frozen:
-        code_model(model)
+    loop.keep_best()
     loop.save(checkpoint)
-    return TrainResult(loop.step, loop.seconds / 60, loop.loss, loop.flips / max(1, loop.codings))
+    kept, flips = loop.best_step or loop.step, loop.flips / max(1, loop.codings)
+    return TrainResult(loop.step, kept, loop.seconds / 60, loop.loss, flips)
 
 
 class _Loop:
@@ -93,15 +99,18 @@ class _Loop:
         config: TrainConfig,
         pad_id: int,
         teacher: Any,
+        score: Callable[[], float] | None = None,
     ) -> None:
         self.model, self.features, self.task, self.config = model, features, task, config
-        self.pad_id, self.teacher = pad_id, teacher
+        self.pad_id, self.teacher, self.score = pad_id, teacher, score
         self.device = next(model.parameters()).device
         self.stacks = stacks_of(model)
         self.frozen = any(stack.frozen for stack in self.stacks)
         self.batches_per_epoch = math.ceil(len(features) / config.batch_size)
         self.total_steps = config.max_steps or max(1, config.min_steps, round(config.epochs * self.batches_per_epoch))
         self.step, self.seconds, self.loss, self.flips, self.codings = 0, 0.0, math.nan, 0.0, 0
+        self.best: dict[str, Tensor] | None = None
+        self.best_step, self.best_score = 0, -math.inf
         self.bfloat16 = _use_bfloat16(config, self.device)
         torch.manual_seed(config.seed)
         if config.dropout is not None:
@@ -139,8 +148,31 @@ class _Loop:
         self.optimizer.zero_grad()
         self.loss = value if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * value
         self.step += 1
+        every = self.config.evaluate_every
+        if self.score and every and (self.step % every == 0 or self.step == self.total_steps):
+            self._evaluate(self.score)
         self.seconds += time.monotonic() - started
         return self.loss
+
+    def _evaluate(self, score: Callable[[], float]) -> None:
+        """Measure the model, and remember its weights if they are the best so far (of equals, the later ones)."""
+        self._code()
+        value = score()
+        log.info("step %d: %.2f", self.step, value)
+        if value >= self.best_score:
+            self.best_step, self.best_score = self.step, value
+            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def keep_best(self) -> None:
+        """Leave the model with the best weights measured, or with the last ones if none were."""
+        if self.best is None:
+            self._code()
+        else:
+            self.model.load_state_dict(self.best)
+
+    def _code(self) -> None:
+        if self.stacks and not self.frozen:
+            code_model(self.model)
 
     def _next(self) -> list[Feature]:
         epoch, place = divmod(self.step, self.batches_per_epoch)
@@ -176,6 +208,9 @@ class _Loop:
             "loss": self.loss,
             "flips": self.flips,
             "codings": self.codings,
+            "best": self.best,
+            "best_step": self.best_step,
+            "best_score": self.best_score,
             "fingerprint": self._fingerprint(),
         }
         buffer = io.BytesIO()
@@ -196,7 +231,7 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"].cpu())
-        for name in ("step", "seconds", "loss", "flips", "codings"):
+        for name in ("step", "seconds", "loss", "flips", "codings", "best", "best_step", "best_score"):
             setattr(self, name, state[name])
         log.info("resumed %s at step %d of %d", path, self.step, self.total_steps)
 

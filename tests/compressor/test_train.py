@@ -105,6 +105,43 @@ def test_resume_gives_the_numbers_of_an_unbroken_run(setting: tuple[Any, Any], t
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "stf"])
+def test_the_best_weights_are_kept(setting: tuple[Any, Any], tmp_path: Path, sparse: bool) -> None:
+    task, features = setting
+    config = replace(CONFIG, max_steps=7, evaluate_every=2)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def trained(model: Any, scores: list[float], **options: Any) -> int:
+        seen.clear()
+
+        def score() -> float:
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return scores.pop(0)
+
+        kept = train(model, features, task, config, pad_id=0, score=score, **options).kept_step
+        assert not scores  # measured after steps 2, 4, 6 and 7, as many as there were scores
+        return kept
+
+    unbroken = fresh(sparse)
+    assert trained(unbroken, [1.0, 3.0, 2.0, 0.5], checkpoint=tmp_path / "whole.pt") == 4
+    best = seen[1]
+    assert any(not torch.equal(best[name], last) for name, last in seen[3].items())
+    for name, tensor in unbroken.state_dict().items():
+        torch.testing.assert_close(tensor, best[name], rtol=0, atol=0, msg=name)
+
+    half = [1.0, 3.0]
+    loop = _Loop(fresh(sparse), features, task, config, 0, None, lambda: half.pop(0))
+    for _ in range(5):
+        loop.advance()
+    loop.save(tmp_path / "half.pt")
+    resumed = fresh(sparse)
+    assert trained(resumed, [2.0, 0.5], checkpoint=tmp_path / "half.pt", resume=True) == 4
+    for name, tensor in resumed.state_dict().items():
+        torch.testing.assert_close(tensor, best[name], rtol=0, atol=0, msg=name)
+
+    assert trained(fresh(sparse), [1.0, 3.0, 2.0, 3.0], checkpoint=tmp_path / "tie.pt") == 7
+
+
 def test_resume_refuses_what_is_not_its_own(setting: tuple[Any, Any], tmp_path: Path) -> None:
     task, features = setting
     path = tmp_path / "c.pt"
