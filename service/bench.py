@@ -63,6 +63,9 @@ class Options(BaseSettings):
         default="",
         description=f"Other systems on the first dense folder: {', '.join(peers.PACKAGES)}, or installed for all here.",
     )
+    deepsparse: Path | None = Field(
+        default=None, description="A Python interpreter that has DeepSparse: it becomes one more peer."
+    )
     shapes: str = Field(default="1x32,1x128,1x384,8x128", description="Batch x tokens, comma-separated.")
     rounds: int = Field(default=20, ge=1, description="Runs of each folder per shape.")
     warm_up: int = Field(default=3, ge=0, description="Runs of each folder per shape that are not counted.")
@@ -264,15 +267,20 @@ def of_folders(models: Sequence[OnnxModel]) -> list[Contender]:
     ]
 
 
-def of_peers(names: Sequence[str], models: Sequence[OnnxModel], threads: int, scratch: Path) -> list[Contender]:
-    """The named peers with the first dense folder's model in them."""
-    if not names:
+def of_peers(
+    names: Sequence[str], deepsparse: Path | None, models: Sequence[OnnxModel], threads: int, scratch: Path
+) -> list[Contender]:
+    """The named peers, and DeepSparse if its interpreter is given, with the first dense folder's model in them."""
+    if not names and not deepsparse:
         return []
     dense = next((model for model in models if model.artifact.variant == "dense"), None)
     if dense is None:
         raise StartError("Peers run a dense model, but none of the folders holds one: name a dense folder too.")
     calibration = [random_rows(1, min(128, dense.max_length), dense.tokenizer.max_id + 1)] * CALIBRATION_ROWS
-    return [_of_peer(peers.make(name, dense, threads, calibration, scratch), dense) for name in names]
+    made = [peers.make(name, dense, threads, calibration, scratch) for name in names]
+    if deepsparse:
+        made.append(peers.make_deepsparse(deepsparse, dense, threads, scratch))
+    return [_of_peer(peer, dense) for peer in made]
 
 
 def _of_peer(peer: peers.Peer, dense: OnnxModel) -> Contender:
@@ -313,7 +321,8 @@ def run(options: Options) -> None:
         if options.loads:
             names = [one.name for one in contenders]
             alones = footprints(models, names, options.threads, shapes[0], options.loads)
-        contenders += of_peers(peers.choose(options.peers), models, options.threads, Path(scratch))
+        names = peers.choose(options.peers)
+        contenders += of_peers(names, options.deepsparse, models, options.threads, Path(scratch))
         vocabulary = 1 + min(model.tokenizer.max_id for model in models)
         found = measure(contenders, shapes, vocabulary, options.rounds, options.warm_up)
     print(table(found, contenders, alones, facts))

@@ -6,17 +6,26 @@ Each is made from the dense folder's own graph when it is asked for, with the sa
     openvino-f32   OpenVINO, computing in float32 (openvino)
     openvino-bf16  OpenVINO, computing in bfloat16 where the processor can
     openvino-int8  OpenVINO after NNCF's post-training quantization for transformers (openvino, nncf)
+    torch-f32      PyTorch in float32, through transformers' own attention (torch, transformers)
+    torch-bf16     PyTorch with bfloat16 weights
+    deepsparse     DeepSparse on the dense graph, in the interpreter given with --deepsparse (torch to make the graph)
 
+The last three run in processes of their own, on a model of the same config.json with random weights.
 Quantized models are calibrated with random tokens: that is enough for their speed, and says nothing of their accuracy.
 `ONEDNN_MAX_CPU_ISA` in the environment holds OpenVINO to an instruction set, as `DSFORMER_ISA` does our kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +45,19 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "openvino-f32": ("openvino",),
     "openvino-bf16": ("openvino",),
     "openvino-int8": ("openvino", "nncf"),
+    "torch-f32": ("torch", "transformers"),
+    "torch-bf16": ("torch", "transformers"),
 }
+DEEPSPARSE = "deepsparse"
+DEEPSPARSE_PROGRAM = Path(__file__).with_name("deepsparse_peer.py")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A system with the model in it. run: from the padded inputs of a batch to the model's outputs."""
+    """A system with the model in it. run: from the padded inputs of a batch to the model's outputs.
+
+    Programs of their own give no outputs back.
+    """
 
     name: str
     version: str
@@ -73,6 +89,8 @@ def make(name: str, model: OnnxModel, threads: int, calibration: Iterable[Sequen
     try:
         if name == "ort-int8":
             return _onnxruntime_int8(name, model, threads, scratch)
+        if name.startswith("torch-"):
+            return _torch(name, model, threads, scratch)
         return _openvino(name, model, threads, [model.feed(rows) for rows in calibration])
     except Exception as error:  # other projects' exceptions: any of them means that this peer cannot be had
         raise StartError(f"The peer {name} cannot run {model.artifact.path}: {error}") from error
@@ -117,3 +135,80 @@ def _openvino(name: str, model: OnnxModel, threads: int, calibration: Sequence[F
     }
     compiled = openvino.Core().compile_model(graph, "CPU", settings)
     return Peer(name, openvino.__version__, lambda feed: list(compiled(dict(feed)).values()))
+
+
+class _Program:
+    """A program that holds a peer: after "ready" it answers each line on its standard input with "done"."""
+
+    def __init__(self, command: Sequence[str | Path], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        weakref.finalize(self, self._process.kill)
+        self._expect("ready")
+
+    def ask(self, line: str) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and its log says why
+            print(line, file=self._process.stdin, flush=True)
+        self._expect("done")
+
+    def _expect(self, word: str) -> None:
+        assert self._process.stdout
+        said = " "
+        while said and said.strip() != word:  # other people's programs print banners
+            said = self._process.stdout.readline()
+        if not said:
+            status = self._process.wait()
+            reason = self._log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+            raise StartError(f"it ended with status {status}: {reason or 'without a word'}")
+
+
+def _torch(name: str, model: OnnxModel, threads: int, scratch: Path) -> Peer:
+    precision = {"torch-f32": "float32", "torch-bf16": "bfloat16"}[name]
+    words = ["-m", "compressor.dense_peer", str(model.artifact.path), "run", str(threads), precision]
+    program = _Program([sys.executable, *words], scratch / f"{name}.log")
+
+    def run(feed: Feed) -> Sequence[npt.NDArray[Any]]:
+        program.ask("{} {}".format(*feed["input_ids"].shape))
+        return ()
+
+    return Peer(name, version("torch"), run)
+
+
+def make_deepsparse(python: Path, model: OnnxModel, threads: int, scratch: Path) -> Peer:
+    """DeepSparse in the interpreter ``python``. Every shape has a graph of its own, made by PyTorch when first run."""
+    try:
+        found = subprocess.run(
+            [python, "-c", "import deepsparse; print(deepsparse.__version__)"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        program = _Program([python, DEEPSPARSE_PROGRAM, str(threads)], scratch / f"{DEEPSPARSE}.log")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise StartError(
+            f"--deepsparse expects a Python interpreter with DeepSparse in it, not {python}: {error}"
+        ) from error
+    except StartError as error:
+        raise StartError(f"The peer {DEEPSPARSE} cannot be run: {error}") from error
+
+    def run(feed: Feed) -> Sequence[npt.NDArray[Any]]:
+        batch, tokens = feed["input_ids"].shape
+        graph = scratch / f"plain-{batch}x{tokens}.onnx"
+        if not graph.exists():
+            words = ["-m", "compressor.dense_peer", str(model.artifact.path), "export", str(batch), str(tokens)]
+            done = subprocess.run([sys.executable, *words, graph], capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = done.stderr.strip().rpartition("\n")[2]
+                raise StartError(f"The peer {DEEPSPARSE} has no graph: {reason}")
+        program.ask(f"{batch} {tokens} {graph}")
+        return ()
+
+    return Peer(DEEPSPARSE, found.stdout.split()[-1], run)

@@ -1,6 +1,7 @@
 """The benchmark times what the service runs; its arithmetic and its words are tested, never the times."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -113,8 +114,36 @@ def test_a_peer_answers_as_the_dense_model_does(name: str, models: Path, tmp_pat
     model = OnnxModel(artifact.read(models / "tiny-classify-dense"), 1)
     rows = bench.random_rows(3, 20, 1 + model.tokenizer.max_id)
     peer = peers.make(name, model, 1, [rows], tmp_path)
+    if name.startswith("torch-"):  # a process of its own, with other weights: that it runs is all there is to see
+        peer.run(model.feed(rows))
+        peer.run(model.feed(rows[:2]))
+        return
     (found,), (wanted,) = peer.run(model.feed(rows)), model.run(rows)
     assert np.abs(found - wanted).max() < (1e-4 if name == "openvino-f32" else 0.1) * max(1, np.abs(wanted).max())
+
+
+def test_deepsparse_runs_in_the_interpreter_that_has_it(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = str(models / "tiny-classify-dense")
+    with pytest.raises(SystemExit):
+        bench.main([dense, "--deepsparse", str(tmp_path / "nowhere"), "--loads", "0", "--shapes", "1x9"])
+    assert "expects a Python interpreter with DeepSparse in it" in capsys.readouterr().err
+    python = os.environ.get("DSFORMER_DEEPSPARSE_PYTHON")
+    if not python:
+        pytest.skip("DSFORMER_DEEPSPARSE_PYTHON names no interpreter with DeepSparse")
+    bench.main([dense, "--deepsparse", python, "--loads", "0", "--shapes", "1x9,2x8", "--rounds", "2"])
+    printed = capsys.readouterr().out
+    assert "| 1x9 | deepsparse |" in printed
+    assert "| 2x8 | deepsparse |" in printed
+
+
+def test_a_program_that_ends_is_a_sentence(models: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(models / "tiny-classify-dense", tmp_path / "folder")
+    model = OnnxModel(artifact.read(folder), 1)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(StartError, match=r"The peer torch-f32 cannot run .*it ended with status 1: \w+"):
+        peers.make("torch-f32", model, 1, [], tmp_path)
 
 
 def test_installed_peers_are_timed_too(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
