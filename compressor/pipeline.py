@@ -253,7 +253,7 @@ def export_checkpoint(
         "training_minutes": record.minutes,
         "train": record.train,
         "compression": record.compression,
-        "data": {key: record.extra.get(key) for key in ("train_rows", "validation_rows")},
+        "data": {key: record.extra.get(key) for key in ("train_rows", "validation_rows", "steps", "kept_step")},
         "versions": record.versions,
         "cpu": kernels.cpu_name(),
     }
