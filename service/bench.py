@@ -1,6 +1,6 @@
 """`dsformer-bench`, also `python -m service.bench`: model folders against each other, in one run on one machine.
 
-Noise hits whoever happens to run when it comes, so the folders take turns: every round runs each of them once, forwards
+Noise hits whoever happens to run when it comes, so the folders take turns: every round gives each of them a turn, forwards
 in one round and backwards in the next, and a ratio is always of two runs of the same round. What is reported is the
 median, with the quartiles as its spread. The runs are the service's own: same session options, same padding. Other
 systems can take their turns too, on the graph of the first dense folder (`peers.py`). Load time and peak memory are
@@ -141,7 +141,11 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 def measure(
     contenders: Sequence[Contender], shapes: Sequence[tuple[int, int]], vocabulary: int, rounds: int, warm_up: int
 ) -> list[Measurement]:
-    """Time the contenders in turns; tokens are drawn at random, the same ones for all."""
+    """Time the contenders in turns; tokens are drawn at random, the same ones for all.
+
+    A turn is two runs, and the second counts: the first pays for what the turn before left, cold caches and the threads
+    of some systems, which go on spinning for a while.
+    """
     found: list[Measurement] = []
     with tqdm(total=len(shapes) * (rounds + warm_up), unit="round", file=sys.stderr) as bar:
         for batch, tokens in shapes:
@@ -150,6 +154,7 @@ def measure(
             seconds: list[list[float]] = [[] for _ in contenders]
             for number in range(warm_up + rounds):
                 for i in range(len(contenders))[:: -1 if number % 2 else 1]:
+                    contenders[i].run(rows)
                     began = time.perf_counter()
                     contenders[i].run(rows)
                     if number >= warm_up:
