@@ -1,6 +1,6 @@
 """`dsformer-bench`, also `python -m service.bench`: model folders against each other, in one run on one machine.
 
-Noise hits whoever happens to run when it comes, so the folders take turns: every round gives each of them a turn, forwards
+Noise hits whoever happens to run when it comes, so the folders take turns: each has one in every round, forwards
 in one round and backwards in the next, and a ratio is always of two runs of the same round. What is reported is the
 median, with the quartiles as its spread. The runs are the service's own: same session options, same padding. Other
 systems can take their turns too, on the graph of the first dense folder (`peers.py`). Load time and peak memory are
