@@ -140,11 +140,12 @@ def _openvino(name: str, model: OnnxModel, threads: int, calibration: Sequence[F
 class _Program:
     """A program that holds a peer: after "ready" it answers each line on its standard input with "done"."""
 
-    def __init__(self, command: Sequence[str | Path], log: Path) -> None:
-        self._log = log
-        with log.open("wb") as errors:
+    def __init__(self, name: str, command: Sequence[str], scratch: Path) -> None:
+        self._name = name
+        self._log = scratch / f"{name}.log"
+        with self._log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [str(word) for word in command],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -166,14 +167,23 @@ class _Program:
             said = self._process.stdout.readline()
         if not said:
             status = self._process.wait()
-            reason = self._log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-            raise StartError(f"it ended with status {status}: {reason or 'without a word'}")
+            reason = _last_line(self._log.read_text(encoding="utf-8", errors="replace"))
+            raise StartError(f"the program of {self._name}: it ended with status {status}: {reason}")
+
+
+def _last_line(text: str) -> str:
+    """Of what a program said before it ended: the reason, in a traceback."""
+    return text.strip().rpartition("\n")[2] or "without a word"
+
+
+def _dense_peer(model: OnnxModel, *words: object) -> list[str]:
+    """The command that has the compressor run or export the dense model."""
+    return [sys.executable, "-m", "compressor.dense_peer", str(model.artifact.path), *map(str, words)]
 
 
 def _torch(name: str, model: OnnxModel, threads: int, scratch: Path) -> Peer:
     precision = {"torch-f32": "float32", "torch-bf16": "bfloat16"}[name]
-    words = ["-m", "compressor.dense_peer", str(model.artifact.path), "run", str(threads), precision]
-    program = _Program([sys.executable, *words], scratch / f"{name}.log")
+    program = _Program(name, _dense_peer(model, "run", threads, precision), scratch)
 
     def run(feed: Feed) -> Sequence[npt.NDArray[Any]]:
         program.ask("{} {}".format(*feed["input_ids"].shape))
@@ -191,7 +201,7 @@ def make_deepsparse(python: Path, model: OnnxModel, threads: int, scratch: Path)
             text=True,
             check=True,
         )
-        program = _Program([python, DEEPSPARSE_PROGRAM, str(threads)], scratch / f"{DEEPSPARSE}.log")
+        program = _Program(DEEPSPARSE, [str(python), str(DEEPSPARSE_PROGRAM), str(threads)], scratch)
     except (OSError, subprocess.CalledProcessError) as error:
         raise StartError(
             f"--deepsparse expects a Python interpreter with DeepSparse in it, not {python}: {error}"
@@ -203,11 +213,10 @@ def make_deepsparse(python: Path, model: OnnxModel, threads: int, scratch: Path)
         batch, tokens = feed["input_ids"].shape
         graph = scratch / f"plain-{batch}x{tokens}.onnx"
         if not graph.exists():
-            words = ["-m", "compressor.dense_peer", str(model.artifact.path), "export", str(batch), str(tokens)]
-            done = subprocess.run([sys.executable, *words, graph], capture_output=True, text=True, check=False)
+            command = _dense_peer(model, "export", batch, tokens, graph)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                reason = done.stderr.strip().rpartition("\n")[2]
-                raise StartError(f"The peer {DEEPSPARSE} has no graph: {reason}")
+                raise StartError(f"The peer {DEEPSPARSE} has no graph: {_last_line(done.stderr)}")
         program.ask(f"{batch} {tokens} {graph}")
         return ()
 
