@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.banks import bank_atoms
 
 # Floats the batched form may hold at once in its (rows, S, K) buffer: 64 Mi floats are 256 MiB.
 _BUFFER_FLOATS = 64 * 2**20
@@ -25,18 +26,21 @@ def blocks(weight: Tensor, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def sparse_code(weight: Tensor, dictionary: Tensor, n_nonzero: int) -> tuple[Tensor, Tensor]:
+def sparse_code(
+    weight: Tensor, dictionary: Tensor, n_nonzero: int, bank_limit: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Code ``weight`` (M, N) float32 over ``dictionary`` (N/B, K, B) with unit-norm atoms.
 
     Returns ``indices`` (N/B, M, S) int64, distinct within a row, and ``values`` (N/B, M, S) float32: the
-    least-squares coefficients on that support. Rows that need fewer atoms carry zeros.
+    least-squares coefficients on that support. Rows that need fewer atoms carry zeros. ``bank_limit``: most codes of
+    a row in one bank (kernels/banks.py); None: as many as there are.
     """
     if weight.device.type == "cpu":
         indices, values = kernels.batch_omp(
-            weight.detach().contiguous().numpy(), dictionary.detach().contiguous().numpy(), n_nonzero
+            weight.detach().contiguous().numpy(), dictionary.detach().contiguous().numpy(), n_nonzero, bank_limit
         )
         return torch.from_numpy(indices).long(), torch.from_numpy(values)
-    return sparse_code_batched(weight, dictionary, n_nonzero)
+    return sparse_code_batched(weight, dictionary, n_nonzero, bank_limit)
 
 
 @torch.no_grad()
@@ -60,7 +64,9 @@ def refit(weight: Tensor, dictionary: Tensor, indices: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sparse_code_batched(weight: Tensor, dictionary: Tensor, n_nonzero: int) -> tuple[Tensor, Tensor]:
+def sparse_code_batched(
+    weight: Tensor, dictionary: Tensor, n_nonzero: int, bank_limit: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Batch-OMP as tensor operations, the form for accelerators; arguments as in :func:`sparse_code`.
 
     It keeps, for every row, the correlations T_j of each orthogonalized chosen atom with all atoms, so one step is
@@ -73,13 +79,16 @@ def sparse_code_batched(weight: Tensor, dictionary: Tensor, n_nonzero: int) -> t
     rows_at_once = max(1, _BUFFER_FLOATS // (n_nonzero * n_atoms))
     indices, values = [], []
     for block, block_gram, atoms in zip(targets, gram, dictionary, strict=True):
-        parts = [_code_rows(rows @ atoms.T, block_gram, n_nonzero) for rows in block.split(rows_at_once, dim=0)]
+        parts = [
+            _code_rows(rows @ atoms.T, block_gram, n_nonzero, bank_limit or n_nonzero)
+            for rows in block.split(rows_at_once, dim=0)
+        ]
         indices.append(torch.cat([part[0] for part in parts]))
         values.append(torch.cat([part[1] for part in parts]))
     return torch.stack(indices), torch.stack(values)
 
 
-def _code_rows(alpha: Tensor, gram: Tensor, n_nonzero: int) -> tuple[Tensor, Tensor]:
+def _code_rows(alpha: Tensor, gram: Tensor, n_nonzero: int, bank_limit: int) -> tuple[Tensor, Tensor]:
     """OMP of R rows: ``alpha`` (R, K) correlations with the atoms, ``gram`` (K, K)."""
     rows, n_atoms = alpha.shape
     start = alpha.abs().amax(dim=1)
@@ -91,12 +100,15 @@ def _code_rows(alpha: Tensor, gram: Tensor, n_nonzero: int) -> tuple[Tensor, Ten
     steps = alpha.new_zeros(rows, n_nonzero)  # coefficient along the j-th orthogonalized atom
     lower = torch.eye(n_nonzero, device=alpha.device).repeat(rows, 1, 1)  # chosen = lower · orthogonalized
     alive = start > 0
+    bank = torch.arange(n_atoms, device=alpha.device) // bank_atoms(n_atoms)
+    in_bank = torch.zeros(rows, int(bank[-1]) + 1, dtype=torch.long, device=alpha.device)
     for j in range(n_nonzero):
-        score = residual.abs().masked_fill(taken, -1.0)
+        score = residual.abs().masked_fill(taken | (in_bank >= bank_limit)[:, bank], -1.0)
         atom = score.argmax(dim=1)
         alive = alive & (score[everyone, atom] > 1e-7 * start)
         chosen[:, j] = atom
         taken[everyone, atom] = True
+        in_bank[everyone, bank[atom]] += 1
         before = orthogonal[:, :j].gather(2, atom.view(-1, 1, 1).expand(-1, j, 1)).squeeze(2)  # (R, j)
         pivot = 1 - (before * before).sum(1)
         alive = alive & (pivot > _MIN_PIVOT)

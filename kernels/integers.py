@@ -1,7 +1,7 @@
-"""A layer's weights as 16-bit integers with one scale a row: W = diag(scales) Σ_i S_i D_i.
+"""A layer's weights as integers of 16 or 8 bits with one scale a row: W = diag(scales) Σ_i S_i D_i.
 
-As many bytes as float16, but integer multiply-adds use them as they are stored. FORMAT.md section 4 says what the
-integers must keep to, so that no sum of a tier that computes in integers overflows.
+Integer multiply-adds use them as they are. FORMAT.md section 4 says what those of 16 bits must keep to, so that no sum
+of a tier that computes in integers overflows; those of 8 bits are free.
 """
 
 import math
@@ -42,6 +42,23 @@ def to_int16(
     scales = (1.0 / steps).astype(np.float32)
     numbers = np.rint(codes * np.where(scales > 0, steps, 0.0)[:, None])
     return atoms.astype(np.int16), numbers.astype(np.int16), scales
+
+
+def to_int8(
+    dictionary: npt.NDArray[Any], indices: npt.NDArray[Any], values: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """dictionary (N/B, K, B), values (N/B, M, S) and scales (M,) of the 8-bit form; arguments as for to_int16.
+
+    An atom's largest number becomes 127, as does the largest of a row's values.
+    """
+    atoms = dictionary.astype(np.float64)
+    sizes = np.abs(atoms).max(axis=2)
+    unit = np.where(sizes > 0, sizes, 1.0) / np.iinfo(np.int8).max
+    codes = values * np.take_along_axis(unit[:, None, :], indices.astype(np.int64), axis=2)
+    scales = (np.abs(codes).max(axis=(0, 2)) / np.iinfo(np.int8).max).astype(np.float32)
+    steps = 1.0 / np.where(scales > 0, scales, 1.0)
+    numbers = np.where((scales > 0)[:, None], np.rint(codes * steps[:, None]), 0.0)
+    return np.rint(atoms / unit[:, :, None]).astype(np.int8), numbers.astype(np.int8), scales
 
 
 def largest_sums(

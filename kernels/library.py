@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL:
     for coder in (opened.dsformer_batch_omp, opened.dsformer_refit):
         coder.argtypes = [
             *[ctypes.c_void_p] * 4,
-            *[ctypes.c_int64] * 5,
+            *[ctypes.c_int64] * 7,
             ctypes.c_int,
             ctypes.c_char_p,
             ctypes.c_size_t,

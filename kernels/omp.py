@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kernels.banks import bank_atoms, bank_sizes
 from kernels.library import library
 
 Float32Array = npt.NDArray[np.float32]
@@ -22,13 +23,18 @@ _ERROR_BYTES = 512
 
 
 def batch_omp(
-    weight: Float32Array, dictionary: Float32Array, n_nonzero: int, threads: int | None = None
+    weight: Float32Array,
+    dictionary: Float32Array,
+    n_nonzero: int,
+    bank_limit: int | None = None,
+    threads: int | None = None,
 ) -> tuple[Int32Array, Float32Array]:
     """Codes every row of every block with orthogonal matching pursuit.
 
     weight : (M, N) float32, C-contiguous; read in place, never copied.
     dictionary : (N/B, K, B) float32, C-contiguous, atoms of unit norm.
     n_nonzero : S, 1 ≤ S ≤ K.
+    bank_limit : most codes of a row in one bank of atoms (banks.py); None: as many as there are.
     threads : how many to use; by default as many as the process may run on. Results do not depend on it.
 
     Returns indices (N/B, M, S) int32, in the order chosen, distinct within a row, and values (N/B, M, S)
@@ -38,9 +44,13 @@ def batch_omp(
     n_blocks, n_atoms = _check_operands(weight, dictionary)
     if not 1 <= n_nonzero <= n_atoms:
         raise ValueError(f"n_nonzero: expected 1 to {n_atoms} (atoms per block), got {n_nonzero}")
+    limit = n_nonzero if bank_limit is None else bank_limit
+    sizes = bank_sizes(n_atoms)
+    if sum(min(limit, size) for size in sizes) < n_nonzero:
+        raise ValueError(f"bank_limit: expected room for {n_nonzero} codes a row in {len(sizes)} banks, got {limit}")
     indices = np.empty((n_blocks, weight.shape[0], n_nonzero), np.int32)
     values = np.empty(indices.shape, np.float32)
-    _run(library().dsformer_batch_omp, weight, dictionary, indices, values, threads)
+    _run(library().dsformer_batch_omp, weight, dictionary, indices, values, limit, threads)
     return indices, values
 
 
@@ -62,7 +72,7 @@ def refit(
     if indices.min() < 0 or indices.max() >= n_atoms:
         raise ValueError(f"indices: expected numbers in [0, {n_atoms}), got {indices.min()} to {indices.max()}")
     values = np.empty(indices.shape, np.float32)
-    _run(library().dsformer_refit, weight, dictionary, indices, values, threads)
+    _run(library().dsformer_refit, weight, dictionary, indices, values, indices.shape[2], threads)
     return values
 
 
@@ -95,6 +105,7 @@ def _run(
     dictionary: Float32Array,
     indices: Int32Array,
     values: Float32Array,
+    limit: int,
     threads: int | None,
 ) -> None:
     if threads is None:
@@ -110,6 +121,8 @@ def _run(
         *weight.shape,
         *dictionary.shape[:2],
         indices.shape[2],
+        bank_atoms(dictionary.shape[1]),
+        limit,
         threads,
         error,
         _ERROR_BYTES,

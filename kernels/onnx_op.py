@@ -27,6 +27,7 @@ INPUT_NAMES = (
 ACTIVATIONS = ("none", "gelu")
 ATTENTION_OP_TYPE = "Attention"
 MAX_HEAD_WIDTH = 256
+PRECISIONS = ("float32", "bfloat16")
 MAX_ATOMS = 65536  # an index is at most uint16
 
 
@@ -48,12 +49,12 @@ def check_weights(
 ) -> None:
     """Raises ValueError unless the arrays are valid inputs of a DSLinear node.
 
-    dictionary : (N/B, K, B) float32, float16 or int16; indices : (N/B, M, S) uint8 or uint16, below K;
+    dictionary : (N/B, K, B) float32, float16, int16 or int8; indices : (N/B, M, S) uint8 or uint16, below K;
     values : (N/B, M, S), the dictionary's type; bias, norm_weight, norm_bias : (M,) float32;
-    scales : (M,) float32, for int16 only.
+    scales : (M,) float32, for integers only.
     """
-    if dictionary.dtype not in (np.float32, np.float16, np.int16):
-        raise ValueError(f"dictionary: expected float32 or float16 or int16, got {dictionary.dtype}")
+    if dictionary.dtype not in (np.float32, np.float16, np.int16, np.int8):
+        raise ValueError(f"dictionary: expected float32 or float16 or int16 or int8, got {dictionary.dtype}")
     if values.dtype != dictionary.dtype:
         raise ValueError(f"values: expected {dictionary.dtype}, that of dictionary, got {values.dtype}")
     if dictionary.ndim != 3 or dictionary.size == 0:
@@ -75,22 +76,22 @@ def check_weights(
             )
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias: expected both or neither")
-    if dictionary.dtype == np.int16:
-        _check_integers(dictionary, indices, values, scales)
+    if np.issubdtype(dictionary.dtype, np.integer):
+        if scales is None:
+            raise ValueError(f"scales: expected float32 of shape {values.shape[1:2]}, which integer weights need")
+        if not np.isfinite(scales).all():
+            raise ValueError(f"scales: expected finite numbers, got {scales[~np.isfinite(scales)][0]}")
     elif scales is not None:
-        raise ValueError("scales: expected none, because only int16 weights have them")
+        raise ValueError("scales: expected none, because only integer weights have them")
+    if dictionary.dtype == np.int16:
+        _check_sums(dictionary, indices, values)
 
 
-def _check_integers(
+def _check_sums(
     dictionary: npt.NDArray[Any],
     indices: npt.NDArray[Any],
     values: npt.NDArray[Any],
-    scales: npt.NDArray[Any] | None,
 ) -> None:
-    if scales is None:
-        raise ValueError(f"scales: expected float32 of shape {values.shape[1:2]}, which int16 weights need")
-    if not np.isfinite(scales).all():
-        raise ValueError(f"scales: expected finite numbers, got {scales[~np.isfinite(scales)][0]}")
     squares = (dictionary.astype(np.int64) ** 2).sum(axis=2)
     if squares.max() > LONGEST_ATOM**2:
         block, atom = np.unravel_index(squares.argmax(), squares.shape)

@@ -27,12 +27,15 @@ struct AttentionTier {
   int64_t queries;  // of a task
   // Queries [first, first + tokens) of one text and head.
   void (*attend)(const Attention& layer, int64_t text, int64_t head, int64_t first, int64_t tokens);
+  // In a tier that rounds to bfloat16, the one for nodes that do not allow it; else null.
+  const AttentionTier* exact;
 };
 
 extern const AttentionTier attention_scalar;
 #if defined(__x86_64__)
 extern const AttentionTier attention_avx2;
 extern const AttentionTier attention_avx512;
+extern const AttentionTier attention_avx512bf16;
 #endif
 
 }  // namespace dsformer

@@ -13,10 +13,19 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
+
+bool has_avx512vbmi() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
 #endif
 
 const Tier kTiers[] = {  // best first
 #if defined(__x86_64__)
+    {"avx512bf16", "AVX-512 F, BW, VL, DQ, VNNI, VBMI, BF16",
+     [] { return has_avx512vbmi() && __builtin_cpu_supports("avx512bf16"); }, &ds_linear_avx512vbmi,
+     &attention_avx512bf16, &omp_avx512},
+    {"avx512vbmi", "AVX-512 F, BW, VL, DQ, VNNI, VBMI",
+     has_avx512vbmi, &ds_linear_avx512vbmi, &attention_avx512, &omp_avx512},
     {"avx512vnni", "AVX-512 F, BW, VL, DQ, VNNI",
      [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }, &ds_linear_avx512vnni, &attention_avx512,
      &omp_avx512},

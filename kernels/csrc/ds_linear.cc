@@ -46,16 +46,6 @@ int64_t tile_tokens(const DsLinear& layer, const DsLinearTier& tier, int64_t tok
   return std::min(tile, round_up(tokens, tier.lanes));
 }
 
-// Scratch of one tile's products, in floats.
-int64_t product_floats(const DsLinear& layer, const DsLinearTier& tier, int64_t pitch) {
-  return layer.n_blocks * layer.n_atoms * pitch * tier.product_bytes / static_cast<int64_t>(sizeof(float));
-}
-
-// Scratch of one tile of X in integers: a number for each pair of columns, and a factor, a token.
-int64_t prepared_floats(const DsLinear& layer, const DsLinearTier& tier, int64_t pitch) {
-  return tier.prepare ? (layer.n_blocks * ((layer.width + 1) / 2) + 1) * pitch : 0;
-}
-
 // Tokens of one task of the last phase: enough to be worth a task, few enough that even a short text makes several.
 constexpr int64_t kNormalizedTokens = 8;
 
@@ -75,16 +65,17 @@ struct Group {
     const int64_t first = i * plan.tile_tokens;
     const int64_t count = std::min(plan.tile_tokens, tokens - first);
     const int64_t pitch = round_up(count, tier.lanes);
-    float* sums = scratch + i * plan.tile_floats;
-    float* products = sums + layer.out_features * pitch;
-    float* prepared = products + product_floats(layer, tier, pitch);
+    const TileFloats sizes = tier.tile_floats(layer, pitch);
+    float* products = scratch + i * plan.tile_floats;
+    float* sums = products + sizes.products;
+    float* prepared = sums + sizes.sums;
     return {x + first * layer.in_features, y + first * layer.out_features, count, pitch, products, sums, prepared,
             std::max<int64_t>(1, fitting_tokens(layer, tier) / pitch)};
   }
 };
 
 void prepare_task(const Group& group, int64_t task) {
-  const int64_t first = task * kPreparedTokens, tile_tokens = group.plan.tile_tokens;
+  const int64_t first = task * group.tier.prepared_tokens, tile_tokens = group.plan.tile_tokens;
   group.tier.prepare(group.layer, group.tile(first / tile_tokens), first % tile_tokens);
 }
 
@@ -116,8 +107,9 @@ Phases phases_of(const Group& group) {
   const auto tasks = [](int64_t n, int64_t each) { return (n + each - 1) / each; };
   const int64_t n_tiles = tasks(group.tokens, group.plan.tile_tokens);
   const bool normalized = group.residual || group.layer.norm_weight;
-  return {{{prepare_task, group.tier.prepare ? tasks(round_up(group.tokens, group.tier.lanes), kPreparedTokens) : 0},
-           {dense_task, n_tiles * group.layer.n_blocks},
+  const DsLinearTier& tier = group.tier;
+  return {{{prepare_task, tier.prepare ? tasks(round_up(group.tokens, tier.lanes), tier.prepared_tokens) : 0},
+           {dense_task, tier.dense ? n_tiles * group.layer.n_blocks : 0},
            {sparse_task, n_tiles * group.n_chunks},
            {normalize_task, normalized ? tasks(group.tokens, kNormalizedTokens) : 0}}};
 }
@@ -174,24 +166,31 @@ void work_off(void* data, size_t) {
 
 }  // namespace
 
+TileFloats float_tile(const DsLinear& layer, int64_t pitch) {
+  return {layer.n_blocks * layer.n_atoms * pitch, layer.out_features * pitch, 0};
+}
+
+bool suits_all(const DsLinear&, int64_t) { return true; }
+
 const DsLinearTier& suited(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
-  const bool few = tokens <= tier.lanes / 4;
-  return tier.plain && (few || layer.number != Number::int16) ? *tier.plain : tier;
+  const DsLinearTier* chosen = &tier;
+  while (!chosen->suits(layer, tokens)) chosen = chosen->plain;
+  return *chosen;
 }
 
 Plan make_plan(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens) {
   Plan plan;
   plan.tile_tokens = tile_tokens(layer, tier, tokens);
   const int64_t n_tiles = round_up(tokens, plan.tile_tokens) / plan.tile_tokens;
-  plan.tile_floats = product_floats(layer, tier, plan.tile_tokens) + layer.out_features * plan.tile_tokens +
-                     prepared_floats(layer, tier, plan.tile_tokens);
+  const TileFloats sizes = tier.tile_floats(layer, plan.tile_tokens);
+  plan.tile_floats = round_up(sizes.products + sizes.sums + sizes.prepared, 16);
   plan.group_tiles = std::clamp<int64_t>(kGroupFloats / plan.tile_floats, 1, n_tiles);
   plan.scratch_floats = plan.group_tiles * plan.tile_floats;
 
   const int64_t wanted_chunks = round_up(kWantedTasks, plan.group_tiles) / plan.group_tiles;
   const int64_t rows = (layer.out_features + wanted_chunks - 1) / wanted_chunks;
   const int64_t paying_rows = kMinUses * layer.n_atoms / layer.n_nonzero;
-  plan.chunk_rows = round_up(std::max({rows, paying_rows, kMinChunkRows}), 16);
+  plan.chunk_rows = round_up(std::max({rows, paying_rows, kMinChunkRows}), tier.step_rows);
   return plan;
 }
 

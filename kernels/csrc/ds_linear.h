@@ -3,8 +3,8 @@
 //
 // Work is cut into tiles of tokens, and lanes of a vector are tokens: a nonzero of S then costs one broadcast and
 // plain vector loads, with no gather. Phases, each a set of independent tasks:
-//   prepare    (some tokens):         X in integers, only in tiers that compute in them;
-//   dense      (tile, block):         products_i = D_i x_i, after transposing the tile's part of X;
+//   prepare    (some tokens):         X in integers, only in tiers that compute in them, and perhaps the products;
+//   dense      (tile, block):         products_i = D_i x_i, after transposing the tile's part of X, if not yet done;
 //   sparse     (tile, chunk of rows): all blocks' S_i products_i, bias, activation, transposed back into Y;
 //   normalize  (some tokens):         residual and layer normalization, only in layers that have them.
 // FORMAT.md has the layouts and the reasons for the tile sizes.
@@ -20,13 +20,13 @@ namespace dsformer {
 // with one, a nonzero's index and value cost more than its product. FORMAT.md section 3 has the measurements.
 constexpr int64_t kMinTileTokens = 32, kMaxTileTokens = 64;
 constexpr float kL1Share = 1.5f;
+constexpr int64_t kStepRows = 16;
 
-// Norm of the longest atom that int16 dictionaries may have (FORMAT.md section 4).
+// Bits of the norm of the longest atom that int16 dictionaries may have (FORMAT.md section 4).
 constexpr int kAtomBits = 14;
-constexpr int64_t kLongestAtom = int64_t{1} << kAtomBits;
 
 // What dictionary and values are stored as.
-enum class Number { float32, float16, int16 };
+enum class Number { float32, float16, int16, int8 };
 
 // A layer's weights, used where ONNX Runtime keeps them.
 struct DsLinear {
@@ -38,15 +38,17 @@ struct DsLinear {
   int64_t n_nonzero;     // S
   Number number;
   bool wide;             // indices are uint16, else uint8
+  int atom_bits;         // of integer dictionaries: no atom's norm exceeds 2 to this
   bool gelu;
   const void* dictionary;  // (N/B, K, B)
   const void* indices;     // (N/B, M, S), each below K
   const void* values;      // (N/B, M, S)
   const float* bias;         // (M) or null
-  const float* scales;       // (M), what the sums of int16 weights are multiplied by; null for floats
+  const float* scales;       // (M), what the sums of integer weights are multiplied by; null for floats
   const float* norm_weight;  // (M), or null: no layer normalization
   const float* norm_bias;    // (M)
   float norm_epsilon;        // added to the variance
+  const void* packed;        // the weights in the order of the tier that has packed them, or null
 };
 
 // Consecutive tokens and their scratch. What lanes from `tokens` up to `pitch` hold is never stored in y.
@@ -61,33 +63,54 @@ struct Tile {
   int64_t pass_blocks;  // blocks whose products fit into the tier's share of L1 together; at least 1
 };
 
+// Scratch of a tile, in floats.
+struct TileFloats {
+  int64_t products, sums, prepared;
+};
+
+// Gives memory that is 64-byte aligned, and throws if there is none.
+struct Allocator {
+  void* context;
+  void* (*allocate)(void* context, size_t bytes);
+};
+
 struct DsLinearTier {
-  int64_t lanes;          // tokens per vector
+  int64_t lanes;          // a tile's tokens are rounded up to these
   int64_t min_tokens;     // in a tile, if the call has as many
   int64_t max_tokens;
+  int64_t step_rows;      // a chunk has a multiple of these
   float l1_share;         // what a tile's products of one block may take of L1
   int64_t product_bytes;  // of one number of D_i x_i
-  // Null, or what comes before `dense`: tokens [first, first + kPreparedTokens) of the tile, in integers.
+  TileFloats (*tile_floats)(const DsLinear& layer, int64_t pitch);
+  // Whether the tier can work, and well, on the layer's weights and so many tokens; else `plain` does.
+  bool (*suits)(const DsLinear& layer, int64_t tokens);
+  const DsLinearTier* plain;  // null in tiers that suit everything
+  // Null, or what a session does once: the layer's weights in an order of the tier's own.
+  const void* (*pack)(const DsLinear& layer, const Allocator& allocator);
+  // Null, or what comes first: tokens [first, first + prepared_tokens) of the tile.
+  int64_t prepared_tokens;
   void (*prepare)(const DsLinear& layer, const Tile& tile, int64_t first);
+  // Null in tiers whose `prepare` makes the products.
   void (*dense)(const DsLinear& layer, const Tile& tile, int64_t block);
   // Rows [first, first + count) of the output.
   void (*sparse)(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count);
   // y (tokens, M) in place: the residual (tokens, M) added if there is one, the layer's normalization if it has one.
   void (*normalize)(const DsLinear& layer, const float* residual, float* y, int64_t tokens);
-  // The tier for what this one does not suit: float weights, calls of few tokens. Null: it suits everything.
-  const DsLinearTier* plain;
 };
 
-constexpr int64_t kPreparedTokens = 16;
+// tile_floats and suits of the tiers that compute in float32.
+TileFloats float_tile(const DsLinear& layer, int64_t pitch);
+bool suits_all(const DsLinear& layer, int64_t tokens);
 
 extern const DsLinearTier ds_linear_scalar;
 #if defined(__x86_64__)
 extern const DsLinearTier ds_linear_avx2;
 extern const DsLinearTier ds_linear_avx512;
 extern const DsLinearTier ds_linear_avx512vnni;
+extern const DsLinearTier ds_linear_avx512vbmi;
 #endif
 
-// The tier to use for a call: `tier`, or its plain one.
+// The tier to use for a call: `tier`, or a plainer one.
 const DsLinearTier& suited(const DsLinear& layer, const DsLinearTier& tier, int64_t tokens);
 
 // How a call is cut up.

@@ -28,7 +28,7 @@ struct Problem {
   const float* dictionary;  // (N/B, K, B)
   int32_t* indices;         // (N/B, M, S)
   float* values;            // (N/B, M, S)
-  int64_t rows, columns, n_blocks, n_atoms, n_nonzero;
+  int64_t rows, columns, n_blocks, n_atoms, n_nonzero, bank_atoms, bank_limit;
   int threads;
 };
 
@@ -100,7 +100,8 @@ class Coder {
 
  private:
   OmpBlock block(int64_t i) const {
-    return {p_.n_atoms, width_, pitch_, atoms_t_.get() + i * width_ * pitch_, gram_.get() + i * p_.n_atoms * pitch_};
+    return {p_.n_atoms, width_, pitch_, p_.bank_atoms, p_.bank_limit, atoms_t_.get() + i * width_ * pitch_,
+            gram_.get() + i * p_.n_atoms * pitch_};
   }
 
   OmpRows rows(int64_t i, int64_t first) const {
@@ -149,18 +150,23 @@ int run(const Problem& problem, RowsFunction OmpTier::*function, char* error, si
 }  // namespace dsformer
 
 // weight (M, N), dictionary (N/B, K, B), indices and values (N/B, M, S), all row-major. The caller has checked the
-// sizes: all positive, n_blocks divides N, S <= K. Both return 0, or 1 with a sentence in `error`.
+// sizes: all positive, n_blocks divides N, S <= K, and S codes fit into the banks. Both return 0, or 1 with a sentence
+// in `error`.
 extern "C" __attribute__((visibility("default"))) int dsformer_batch_omp(
     const float* weight, const float* dictionary, int32_t* indices, float* values, int64_t rows, int64_t columns,
-    int64_t n_blocks, int64_t n_atoms, int64_t n_nonzero, int threads, char* error, size_t error_size) {
-  return dsformer::run({weight, dictionary, indices, values, rows, columns, n_blocks, n_atoms, n_nonzero, threads},
+    int64_t n_blocks, int64_t n_atoms, int64_t n_nonzero, int64_t bank_atoms, int64_t bank_limit, int threads, char* error,
+    size_t error_size) {
+  return dsformer::run({weight, dictionary, indices, values, rows, columns, n_blocks, n_atoms, n_nonzero, bank_atoms,
+                        bank_limit, threads},
                        &dsformer::OmpTier::code, error, error_size);
 }
 
-// Here indices is input, every one of them below K.
+// Here indices is input, every one of them below K; banks do not matter.
 extern "C" __attribute__((visibility("default"))) int dsformer_refit(
     const float* weight, const float* dictionary, int32_t* indices, float* values, int64_t rows, int64_t columns,
-    int64_t n_blocks, int64_t n_atoms, int64_t n_nonzero, int threads, char* error, size_t error_size) {
-  return dsformer::run({weight, dictionary, indices, values, rows, columns, n_blocks, n_atoms, n_nonzero, threads},
+    int64_t n_blocks, int64_t n_atoms, int64_t n_nonzero, int64_t bank_atoms, int64_t bank_limit, int threads, char* error,
+    size_t error_size) {
+  return dsformer::run({weight, dictionary, indices, values, rows, columns, n_blocks, n_atoms, n_nonzero, bank_atoms,
+                        bank_limit, threads},
                        &dsformer::OmpTier::refit, error, error_size);
 }

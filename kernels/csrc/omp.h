@@ -13,6 +13,8 @@ struct OmpBlock {
   int64_t n_atoms;       // K
   int64_t width;         // B
   int64_t pitch;         // K rounded up to kOmpPad
+  int64_t bank_atoms;    // atoms of each bank but the last
+  int64_t bank_limit;    // most codes of a row in one bank
   const float* atoms_t;  // (B, pitch): the dictionary transposed, padding zero
   const float* gram;     // (K, pitch): D Dᵀ, padding zero
 };

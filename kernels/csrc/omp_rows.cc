@@ -84,7 +84,10 @@ struct Scratch {
   double* factor;    // (S, S): lower Cholesky factor, reciprocal pivots on its diagonal (0: dependent atom)
   double* z;         // (S): solution of  factor z = alpha0_I
   double* gamma;     // (S)
+  int32_t* in_bank;  // (banks): codes of the row so far
 };
+
+int64_t banks_of(const OmpBlock& block) { return (block.n_atoms + block.bank_atoms - 1) / block.bank_atoms; }
 
 Scratch carve(float* memory, int64_t pitch, int64_t n) {
   Scratch s;
@@ -97,12 +100,13 @@ Scratch carve(float* memory, int64_t pitch, int64_t n) {
   s.alpha0 = s.zeros + pitch;
   s.alpha = s.alpha0 + pitch;
   s.minus_gamma = s.alpha + pitch;
+  s.in_bank = reinterpret_cast<int32_t*>(s.minus_gamma + n);
   memset(s.zeros, 0, pitch * sizeof(float));
   return s;
 }
 
 int64_t scratch_floats(const OmpBlock& block, int64_t n) {
-  return 2 * (n * n + 2 * n) + kOmpPad + 3 * block.pitch + n;
+  return 2 * (n * n + 2 * n) + kOmpPad + 3 * block.pitch + n + banks_of(block);
 }
 
 // Appends atom `support[n]` to the Cholesky factor and its entry to z. Returns false when the atom depends on the
@@ -136,6 +140,17 @@ void solve(const Scratch& s, int64_t n, int64_t capacity) {
   }
 }
 
+// Zero for every atom that may not be chosen any more: those of the support, and of banks that have their share.
+void exclude(const OmpBlock& block, const Scratch& s, const int32_t* support, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) s.alpha[support[i]] = 0.0f;
+  if (block.bank_limit >= n + 1) return;
+  for (int64_t bank = 0; bank < banks_of(block); ++bank) {
+    if (s.in_bank[bank] < block.bank_limit) continue;
+    const int64_t first = bank * block.bank_atoms, rest = block.n_atoms - first;
+    memset(s.alpha + first, 0, (rest < block.bank_atoms ? rest : block.bank_atoms) * sizeof(float));
+  }
+}
+
 bool contains(const int32_t* support, int64_t n, int32_t atom) {
   for (int64_t i = 0; i < n; ++i) {
     if (support[i] == atom) return true;
@@ -159,6 +174,7 @@ bool code_row(const OmpBlock& block, const float* x, int64_t capacity, int32_t* 
   add_rows(s.alpha0, s.zeros, block.pitch, block.atoms_t, nullptr, x, block.width);
 
   int64_t n = 0;
+  memset(s.in_bank, 0, banks_of(block) * sizeof(int32_t));
   const float* correlations = s.alpha0;
   while (n < capacity) {
     const int32_t best = max_magnitude_bits(correlations, block.pitch);
@@ -166,12 +182,13 @@ bool code_row(const OmpBlock& block, const float* x, int64_t capacity, int32_t* 
     if (best <= stop_bits) break;
     support[n] = first_with_magnitude(correlations, static_cast<int32_t>(block.pitch), best);
     if (!append_atom(block, s, support, n, capacity)) break;
+    ++s.in_bank[support[n] / block.bank_atoms];
     ++n;
     solve(s, n, capacity);
     if (n == capacity) break;
     for (int64_t i = 0; i < n; ++i) s.minus_gamma[i] = static_cast<float>(-s.gamma[i]);
     add_rows(s.alpha, s.alpha0, block.pitch, block.gram, support, s.minus_gamma, n);
-    for (int64_t i = 0; i < n; ++i) s.alpha[support[i]] = 0.0f;  // exactly: never chosen twice
+    exclude(block, s, support, n);
     correlations = s.alpha;
   }
   for (int64_t i = 0; i < capacity; ++i) values[i] = i < n ? static_cast<float>(s.gamma[i]) : 0.0f;

@@ -31,7 +31,12 @@ class Kernel {
     if (n_heads_ < 1) throw BadNode("attribute num_heads: expected 1 or more, got " + std::to_string(n_heads_));
     const Choice& chosen = choice();
     if (!chosen.tier) throw BadNode(chosen.message);
+    const std::string precision = node.string_attribute("precision", "float32");
+    if (precision != "float32" && precision != "bfloat16") {
+      throw BadNode("attribute precision: expected float32 or bfloat16, got '" + precision + "'");
+    }
     tier_ = chosen.tier->attention;
+    if (precision == "float32" && tier_->exact) tier_ = tier_->exact;
   }
 
   const OrtApi& api() const { return api_; }

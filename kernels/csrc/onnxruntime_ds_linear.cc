@@ -1,4 +1,7 @@
 // The ONNX Runtime side of DSLinear: its schema, checks and scratch.
+#include <memory>
+#include <new>
+
 #include "dispatch.h"
 #include "ds_linear.h"
 #include "onnxruntime_node.h"
@@ -12,10 +15,10 @@ enum Input : size_t {
 constexpr const char* kInputNames[] = {"X",      "dictionary", "indices",     "values",   "bias",
                                        "scales", "residual",   "norm_weight", "norm_bias"};
 
-constexpr size_t kScratchAlignment = 64;
+constexpr size_t kAlignment = 64;
 
-constexpr char kNoScales[] = "scales: expected none, because only int16 weights have them";
-constexpr char kNoConstantScales[] = "scales: expected a constant (an initializer of the graph), for int16 weights";
+constexpr char kNoScales[] = "scales: expected none, because only integer weights have them";
+constexpr char kNoConstantScales[] = "scales: expected a constant (an initializer of the graph), for integer weights";
 constexpr char kHalfANorm[] = "norm_weight and norm_bias: expected both as constants, or neither";
 
 // ---- kernel creation: attributes and constant weights ----
@@ -39,18 +42,22 @@ void require_below(const Tensor& indices, int64_t n_atoms) {
                 std::to_string(largest));
 }
 
-// No atom may be longer than what keeps products in 16 bits.
-void require_short_atoms(const Tensor& dictionary) {
-  const int16_t* atom = static_cast<const int16_t*>(dictionary.data);
+// Bits of the norm of the longest atom, at least 1. In int16 it may have no more than what keeps products in 16 bits.
+template <typename Number>
+int atom_bits(const Tensor& dictionary) {
+  const Number* atom = static_cast<const Number*>(dictionary.data);
   const int64_t width = dictionary.shape[2], n_atoms = dictionary.size() / width;
+  int bits = 1;
   for (int64_t k = 0; k < n_atoms; ++k, atom += width) {
     int64_t square = 0;
     for (int64_t b = 0; b < width; ++b) square += int32_t{atom[b]} * atom[b];
-    if (square <= kLongestAtom * kLongestAtom) continue;
-    throw BadNode("dictionary: expected int16 atoms of norm " + std::to_string(kLongestAtom) + " at most, but atom " +
-                  std::to_string(k % dictionary.shape[1]) + " of block " + std::to_string(k / dictionary.shape[1]) +
-                  " is longer");
+    while (square > int64_t{1} << 2 * bits) ++bits;
+    if (sizeof(Number) == 1 || bits <= kAtomBits) continue;
+    throw BadNode("dictionary: expected int16 atoms of norm " + std::to_string(1 << kAtomBits) +
+                  " at most, but atom " + std::to_string(k % dictionary.shape[1]) + " of block " +
+                  std::to_string(k / dictionary.shape[1]) + " is longer");
   }
+  return bits;
 }
 
 // A number a row of the output.
@@ -75,7 +82,7 @@ DsLinear read_layer(const NodeReader& node) {
   }
   require_type(kDictionary, dictionary,
                {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
-                ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16});
+                ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
   require_type(kValues, values, {dictionary.type});
   require_type(kIndices, indices, {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16});
   require_shape(kDictionary, dictionary, "[N/B, K, B], none of them 0", dictionary.shape.size() == 3 && dictionary.size() > 0);
@@ -91,7 +98,8 @@ DsLinear read_layer(const NodeReader& node) {
   layer.in_features = d[0] * d[2];
   layer.out_features = values.shape[1];
   layer.n_nonzero = values.shape[2];
-  layer.number = dictionary.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16     ? Number::int16
+  layer.number = dictionary.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8      ? Number::int8
+                 : dictionary.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16   ? Number::int16
                  : dictionary.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? Number::float16
                                                                             : Number::float32;
   layer.wide = indices.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16;
@@ -100,6 +108,8 @@ DsLinear read_layer(const NodeReader& node) {
   layer.values = values.data;
   layer.bias = nullptr;
   layer.scales = nullptr;
+  layer.packed = nullptr;
+  layer.atom_bits = 0;
   if (layer.n_atoms > 65536) {
     throw BadNode("dictionary: expected at most 65536 atoms per block, got " + std::to_string(layer.n_atoms));
   }
@@ -108,8 +118,8 @@ DsLinear read_layer(const NodeReader& node) {
   } else {
     require_below<uint8_t>(indices, layer.n_atoms);
   }
-  if (layer.number == Number::int16) {
-    require_short_atoms(dictionary);
+  if (layer.number == Number::int16 || layer.number == Number::int8) {
+    layer.atom_bits = layer.number == Number::int16 ? atom_bits<int16_t>(dictionary) : atom_bits<int8_t>(dictionary);
     layer.scales = constant_row_numbers(node, kScales, layer.out_features);
     if (!layer.scales) throw BadNode(kNoConstantScales);
   } else if (Tensor scales; node.constant(kScales, &scales) && scales.size() > 0) {
@@ -143,7 +153,7 @@ class Scratch {
  public:
   Scratch(const OrtApi& api, OrtKernelContext* context, const OrtMemoryInfo* memory_info, size_t floats) : api_(api) {
     check(api, api.KernelContext_GetAllocator(context, memory_info, &allocator_));
-    OrtStatus* status = api.AllocatorAlloc(allocator_, floats * sizeof(float) + kScratchAlignment, &memory_);
+    OrtStatus* status = api.AllocatorAlloc(allocator_, floats * sizeof(float) + kAlignment, &memory_);
     if (status || !memory_) {
       api.ReleaseAllocator(allocator_);
       check(api, status);
@@ -159,13 +169,33 @@ class Scratch {
 
   float* floats() const {
     const auto address = reinterpret_cast<uintptr_t>(memory_);
-    return reinterpret_cast<float*>((address + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment);
+    return reinterpret_cast<float*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }
 
  private:
   const OrtApi& api_;
   OrtAllocator* allocator_ = nullptr;
   void* memory_ = nullptr;
+};
+
+// Memory of a kernel's own, for packed weights.
+class Memory {
+ public:
+  Allocator allocator() {
+    return {this, [](void* memory, size_t bytes) { return static_cast<Memory*>(memory)->allocate(bytes); }};
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
+  };
+
+  void* allocate(size_t bytes) {
+    memory_.reset(::operator new(bytes, std::align_val_t{kAlignment}));
+    return memory_.get();
+  }
+
+  std::unique_ptr<void, Free> memory_;
 };
 
 class Kernel {
@@ -176,6 +206,7 @@ class Kernel {
     const Choice& chosen = choice();
     if (!chosen.tier) throw BadNode(chosen.message);
     tier_ = chosen.tier->ds_linear;
+    if (tier_->pack && tier_->suits(layer_, 1)) layer_.packed = tier_->pack(layer_, packed_.allocator());
     check(api, api.CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory_info_));
   }
   ~Kernel() { api_.ReleaseMemoryInfo(memory_info_); }
@@ -229,8 +260,9 @@ class Kernel {
 
   const OrtApi& api_;
   const std::string what_;
-  const DsLinear layer_;
+  DsLinear layer_;
   const DsLinearTier* tier_ = nullptr;
+  Memory packed_;
   OrtMemoryInfo* memory_info_ = nullptr;
 };
 

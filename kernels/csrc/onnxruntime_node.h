@@ -29,6 +29,7 @@ inline std::string type_name(ONNXTensorElementDataType type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float32";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16: return "int16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return "int8";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8: return "uint8";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16: return "uint16";
     default: return "ONNX element type " + std::to_string(static_cast<int>(type));

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import kernels
 
-STORAGES = ("float32", "int16")
+STORAGES = ("float32", "int16", "int8")
 
 
 def dense_model(in_features: int, out_features: int) -> bytes:

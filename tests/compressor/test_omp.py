@@ -26,6 +26,18 @@ def test_batched_and_native_agree(m: int, n: int, k: int, b: int, s: int) -> Non
     )
 
 
+def test_batched_and_native_keep_to_the_same_limit() -> None:
+    weight, dictionary = problem(50, 64, 288, 32)
+    native, values = sparse_code(weight, dictionary, 8, bank_limit=4)
+    batched, _ = sparse_code_batched(weight, dictionary, 8, bank_limit=4)
+    assert torch.equal(native.sort(2).values, batched.sort(2).values)
+    in_bank = torch.nn.functional.one_hot(native // 96, 3).sum(2)
+    assert in_bank.max() == 4
+    free, _ = sparse_code(weight, dictionary, 8)
+    assert torch.nn.functional.one_hot(free // 96, 3).sum(2).max() > 4
+    assert values.abs().min() > 0
+
+
 def test_refit_is_least_squares() -> None:
     weight, dictionary = problem(20, 16, 12, 8)
     indices, values = sparse_code(weight, dictionary, 3)

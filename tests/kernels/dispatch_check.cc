@@ -6,8 +6,9 @@
 
 namespace dsformer {
 const OmpTier omp_scalar{}, omp_avx2{}, omp_avx512{};
-const DsLinearTier ds_linear_scalar{}, ds_linear_avx2{}, ds_linear_avx512{}, ds_linear_avx512vnni{};
-const AttentionTier attention_scalar{}, attention_avx2{}, attention_avx512{};
+const DsLinearTier ds_linear_scalar{}, ds_linear_avx2{}, ds_linear_avx512{}, ds_linear_avx512vnni{},
+    ds_linear_avx512vbmi{};
+const AttentionTier attention_scalar{}, attention_avx2{}, attention_avx512{}, attention_avx512bf16{};
 }  // namespace dsformer
 
 static void expect(const char* forced, const char* name, const char* message) {

@@ -53,12 +53,12 @@ BAD_WEIGHTS = {
     ),
     "dictionary-double": (
         lambda a: a.update(dictionary=a["dictionary"].astype(np.float64)),
-        "dictionary: expected float32 or float16 or int16",
+        "dictionary: expected float32 or float16 or int16 or int8",
     ),
     "bias-shape": (lambda a: a.update(bias=a["bias"][:-1]), r"bias: expected .*shape [\[(]53"),
     "scales-of-floats": (
         lambda a: a.update(scales=np.ones(53, np.float32)),
-        "scales: expected none, because only int16 weights have them",
+        "scales: expected none, because only integer weights have them",
     ),
     "half-a-norm": (
         lambda a: a.update(norm_weight=np.ones(53, np.float32)),
@@ -80,8 +80,20 @@ BAD_INTEGERS = {
 }
 
 
-FAULTS = [("odd", fault) for fault in BAD_WEIGHTS.items()] + [("odd-int16", fault) for fault in BAD_INTEGERS.items()]
-each_fault = pytest.mark.parametrize(("weights", "fault"), FAULTS, ids=[name for _, (name, _) in FAULTS])
+# Faults of all integers, and those of one kind.
+BAD_INT8 = {
+    "no-scales": BAD_INTEGERS["no-scales"],
+    "scales-shape": BAD_INTEGERS["scales-shape"],
+    "values-type": (lambda a: a.update(values=a["values"].astype(np.int16)), "values: expected int8, .*got int16"),
+}
+FAULTS = [
+    (weights, fault)
+    for weights, faults in (("odd", BAD_WEIGHTS), ("odd-int16", BAD_INTEGERS), ("odd-int8", BAD_INT8))
+    for fault in faults.items()
+]
+each_fault = pytest.mark.parametrize(
+    ("weights", "fault"), FAULTS, ids=[f"{weights}-{name}" for weights, (name, _) in FAULTS]
+)
 
 
 @each_fault
@@ -195,6 +207,7 @@ def test_input_of_a_wrong_shape_is_refused_and_the_session_lives_on(x_shape, mes
         ({}, "attribute num_heads: expected 1 or more, got 0"),
         ({"num_heads": -3}, "attribute num_heads: expected 1 or more, got -3"),
         ({"num_heads": "12"}, "attribute num_heads: expected an integer"),
+        ({"num_heads": 2, "precision": "half"}, "attribute precision: expected float32 or bfloat16, got 'half'"),
     ],
 )
 def test_bad_attributes_of_attention_are_refused(attributes, message):

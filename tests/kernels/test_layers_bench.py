@@ -16,7 +16,7 @@ def test_it_times_every_contender() -> None:
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS / 'kernels'}"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     rows = [line.split("|") for line in done.stdout.splitlines() if "minilm-output" in line]
-    assert [row[3].strip() for row in rows] == ["dense", "float32", "int16"]
+    assert [row[3].strip() for row in rows] == ["dense", "float32", "int16", "int8"]
     assert all(float(row[4]) > 0 and float(row[6]) > 0 for row in rows)
 
 

@@ -5,6 +5,7 @@ import pytest
 from sklearn.linear_model import orthogonal_mp_gram
 
 from kernels import batch_omp, refit
+from kernels.banks import BANK_ATOMS, QUAD, bank_atoms, bank_limit
 
 
 def unit_atoms(rng, n_blocks, n_atoms, width):
@@ -55,6 +56,54 @@ def test_equals_scikit_learn(rows, n_blocks, n_atoms, width, n_nonzero):
         expected = expected.reshape(n_atoms, rows).T
         np.testing.assert_array_equal(codes[i] != 0, expected != 0)
         np.testing.assert_allclose(codes[i], expected, atol=1e-4)
+
+
+def limited_omp(atoms, x, n_nonzero, limit):
+    """The plain algorithm: least squares anew for each support, atoms of full banks passed over."""
+    size = bank_atoms(len(atoms))
+    support, residual = [], x
+    for _ in range(n_nonzero):
+        correlations = np.abs(atoms @ residual)
+        full = [bank for bank in range(-(-len(atoms) // size)) if sum(k // size == bank for k in support) >= limit]
+        correlations[[k for k in range(len(atoms)) if k in support or k // size in full]] = -1
+        support.append(int(correlations.argmax()))
+        values = np.linalg.lstsq(atoms[support].T, x, rcond=None)[0]
+        residual = x - values @ atoms[support]
+    return dict(zip(support, values, strict=True))
+
+
+@pytest.mark.parametrize(("n_atoms", "n_nonzero", "limit"), [(384, 8, 4), (259, 9, 3), (144, 6, 4), (96, 8, 8)])
+def test_limited_codes_equal_the_plain_algorithm(n_atoms, n_nonzero, limit):
+    weight, dictionary = problem(40, 2, n_atoms, 32, seed=5)
+    indices, values = batch_omp(weight, dictionary, n_nonzero, bank_limit=limit)
+    codes = dense_codes(indices, values, n_atoms)
+    limited = 0
+    for i in range(2):
+        for row in range(40):
+            block = weight[row, i * 32 : (i + 1) * 32].astype(np.float64)
+            expected = limited_omp(dictionary[i].astype(np.float64), block, n_nonzero, limit)
+            assert set(np.flatnonzero(codes[i, row])) == set(expected)
+            np.testing.assert_allclose([codes[i, row, k] for k in expected], list(expected.values()), atol=1e-4)
+            limited += set(expected) != set(limited_omp(dictionary[i].astype(np.float64), block, n_nonzero, n_nonzero))
+    assert (limited > 0) == (n_atoms > BANK_ATOMS)  # the limit was felt
+
+
+def test_a_limit_without_room_is_refused():
+    weight, dictionary = problem(3, 2, 200, 8)
+    with pytest.raises(ValueError, match="bank_limit: expected room for 7 codes a row in 2 banks, got 3"):
+        batch_omp(weight, dictionary, 7, bank_limit=3)
+
+
+@pytest.mark.parametrize("n_atoms", [1, 48, 96, 128, 129, 144, 192, 288, 384, 416, 1000, 65536])
+@pytest.mark.parametrize("n_nonzero", [1, 4, 6, 8, 12, 18])
+def test_banks_are_even_and_their_limit_leaves_room(n_atoms, n_nonzero):
+    n_nonzero = min(n_nonzero, n_atoms)
+    size, limit = bank_atoms(n_atoms), bank_limit(n_atoms, n_nonzero)
+    n_banks = -(-n_atoms // size)
+    assert size <= BANK_ATOMS
+    assert n_banks == -(-n_atoms // BANK_ATOMS)
+    assert limit * n_banks >= n_nonzero
+    assert limit == n_nonzero or (limit % QUAD == 0 and limit * n_banks >= 1.25 * n_nonzero)
 
 
 def test_support_as_large_as_the_block_reproduces_it():
@@ -176,7 +225,7 @@ def test_atoms_must_be_unit():
         (lambda w, d: (w, d[:1].copy(), 3), "1 blocks of width 8 cover 8 columns, but weight has 16"),
         (lambda w, d: (w, d, 0), "n_nonzero: expected 1 to 20"),
         (lambda w, d: (w, d, 21), "n_nonzero: expected 1 to 20"),
-        (lambda w, d: (w, d, 3, 0), "threads: expected at least 1"),
+        (lambda w, d: (w, d, 3, None, 0), "threads: expected at least 1"),
     ],
 )
 def test_wrong_operands_are_refused_in_a_sentence(change, message):

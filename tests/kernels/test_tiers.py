@@ -1,5 +1,6 @@
 """Every op in every tier against the float64 reference, in the newest and in the oldest runtime we promise."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -15,15 +16,15 @@ from cases import (
     EDGE_TOKENS,
     GROUPS_CASE,
     GROUPS_TOKENS,
-    INTEGER_TIERS,
-    MAX_INTEGER_ERROR,
     MAX_RELATIVE_ERROR,
+    ROUNDED_ERRORS,
 )
 from ds_model import attention_model, one_node_model
 
 from kernels import isa, library_path, reference
+from kernels.onnx_op import PRECISIONS
 
-TIERS = ("scalar", "avx2", "avx512", "avx512vnni")
+TIERS = ("scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16")
 RUN_MODELS = Path(__file__).with_name("run_models.py")
 RUN_GUARDED = Path(__file__).with_name("run_guarded.py")
 
@@ -38,7 +39,7 @@ class Check(NamedTuple):
     model: bytes
     inputs: list  # a mapping by input name each
     expected: list
-    integers: bool
+    storage: str
 
 
 def ds_linear_checks():
@@ -55,25 +56,24 @@ def ds_linear_checks():
             for each in inputs
         ]
         model = one_node_model(arrays, inputs=tuple(features), activation=case.activation)
-        yield Check(case.name, model, inputs, expected, case.storage == "int16")
+        yield Check(case.name, model, inputs, expected, case.storage)
 
 
 def attention_checks():
-    for n_heads, width in ATTENTION_HEADS:
-        for masked in (False, True):
-            rng = np.random.default_rng(2)
-            inputs = []
-            for batch, tokens in ATTENTION_TOKENS:
-                # Scores up to about 15: weights from even to all on one key.
-                qkv = 2 * rng.standard_normal((batch, tokens, 3 * n_heads * width)).astype(np.float32)
-                inputs.append({"QKV": qkv})
-                if masked:
-                    mask = rng.integers(0, 2, (batch, tokens)).astype(np.int32)
-                    mask[1:, :] = 0  # a text without any key
-                    inputs[-1]["mask"] = mask
-            expected = [reference.attention(each["QKV"], n_heads, each.get("mask")) for each in inputs]
-            name = f"attention-{n_heads}x{width}{'-masked' * masked}"
-            yield Check(name, attention_model(n_heads, mask=masked), inputs, expected, False)
+    for (n_heads, width), masked, precision in itertools.product(ATTENTION_HEADS, (False, True), PRECISIONS):
+        rng = np.random.default_rng(2)
+        inputs = []
+        for batch, tokens in ATTENTION_TOKENS:
+            # Scores up to about 15: weights from even to all on one key.
+            qkv = 2 * rng.standard_normal((batch, tokens, 3 * n_heads * width)).astype(np.float32)
+            inputs.append({"QKV": qkv})
+            if masked:
+                mask = rng.integers(0, 2, (batch, tokens)).astype(np.int32)
+                mask[1:, :] = 0  # a text without any key
+                inputs[-1]["mask"] = mask
+        expected = [reference.attention(each["QKV"], n_heads, each.get("mask")) for each in inputs]
+        name = f"attention-{n_heads}x{width}{'-masked' * masked}-{precision}"
+        yield Check(name, attention_model(n_heads, mask=masked, precision=precision), inputs, expected, precision)
 
 
 def run(command, **environment):
@@ -89,7 +89,7 @@ def run(command, **environment):
 
 def check_outputs(folder, checks, tier):
     for check in checks:
-        allowed = MAX_INTEGER_ERROR if check.integers and tier in INTEGER_TIERS else MAX_RELATIVE_ERROR
+        allowed = ROUNDED_ERRORS.get((tier, check.storage), MAX_RELATIVE_ERROR)
         with np.load(folder / f"{check.name}.out.npz") as computed:
             for i, wanted in enumerate(check.expected):
                 y = computed[f"y{i}"]

@@ -20,6 +20,6 @@ Vec power(Vec n) {
 
 }  // namespace
 
-extern const AttentionTier attention_avx2 = {kPitch, attend};
+extern const AttentionTier attention_avx2 = {kPitch, attend, nullptr};
 
 }  // namespace dsformer

@@ -17,6 +17,6 @@ Vec power(Vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
 
 }  // namespace
 
-extern const AttentionTier attention_avx512 = {kPitch, attend};
+extern const AttentionTier attention_avx512 = {kPitch, attend, nullptr};
 
 }  // namespace dsformer

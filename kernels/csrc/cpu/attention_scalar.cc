@@ -39,6 +39,6 @@ void attend(const Attention& layer, int64_t text, int64_t head, int64_t first, i
 
 }  // namespace
 
-extern const AttentionTier attention_scalar = {kMostQueries, attend};
+extern const AttentionTier attention_scalar = {kMostQueries, attend, nullptr};
 
 }  // namespace dsformer

@@ -19,12 +19,16 @@ Vec from_half(const uint16_t* p) {
 Vec from_int16(const uint16_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
+Vec from_int8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 
 #include "ds_linear_tiles.inc"
 
 }  // namespace
 
 extern const DsLinearTier ds_linear_avx512 = {
-    kLanes, kMinTileTokens, kMaxTileTokens, kL1Share, sizeof(float), nullptr, dense, sparse, normalize, nullptr};
+    kLanes,  kMinTileTokens, kMaxTileTokens, kStepRows, kL1Share, sizeof(float), float_tile, suits_all,
+    nullptr, nullptr,        0,              nullptr,   dense,    sparse,        normalize};
 
 }  // namespace dsformer

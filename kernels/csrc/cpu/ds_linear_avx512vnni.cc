@@ -1,6 +1,6 @@
-// AVX-512 VNNI: int16 weights times tokens in 16-bit integers, with 32-bit sums: twice the multiply-adds of float32 an
-// instruction, half the bytes a product, and weights that are used as they are stored. FORMAT.md section 4 has the
-// scales, and why no sum can overflow.
+// AVX-512 VNNI: integer weights times tokens in 16-bit integers, with 32-bit sums: twice the multiply-adds of float32 an
+// instruction, half the bytes a product, and weights that are used as they are stored (int8 is widened a pair at a
+// time). FORMAT.md section 4 has the scales, and why no sum can overflow.
 //
 // A multiply-add takes pairs: the two halves of each 32-bit lane of one operand times those of the other, added. In the
 // dense half a pair is two neighbouring columns of the block. In the sparse half it is two nonzeros of a row, whose
@@ -37,7 +37,13 @@ __m512i broadcast_pair(const int16_t* p) {
   std::memcpy(&pair, p, sizeof pair);
   return _mm512_set1_epi32(pair);
 }
-__m512i broadcast_one(const int16_t* p) { return _mm512_set1_epi32(static_cast<uint16_t>(*p)); }
+__m512i broadcast_pair(const int8_t* p) {
+  int16_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return _mm512_cvtepi8_epi16(_mm256_set1_epi16(pair));
+}
+template <typename Number>
+__m512i broadcast_one(const Number* p) { return _mm512_set1_epi32(static_cast<uint16_t>(int16_t{*p})); }
 
 // ---- tokens as integers ----
 
@@ -112,9 +118,17 @@ float* factors_at(const DsLinear& layer, const Tile& tile) {
   return static_cast<float*>(tile.prepared) + layer.n_blocks * pairs_of(layer.width) * tile.pitch;
 }
 
-static_assert(kPreparedTokens == kLanes, "prepare transposes one square of tokens at a time");
+// The norm of a token's longest block: kNorm, unless so many of the largest int8 codes could overflow a sum.
+float norm_of(const DsLinear& layer) {
+  float norm = kNorm;
+  if (layer.number == Number::int8) {
+    for (int64_t sum = 127 * 32767 * layer.n_blocks * layer.n_nonzero; sum >= int64_t{1} << 31; sum /= 2) norm *= 0.5f;
+  }
+  return norm;
+}
 
 void prepare(const DsLinear& layer, const Tile& tile, int64_t first) {
+  const float norm = norm_of(layer), unit = static_cast<float>(1 << layer.atom_bits) / norm;
   const int64_t pairs = pairs_of(layer.width);
   int32_t* out = pairs_at(layer, tile) + first;
   float* factors = factors_at(layer, tile) + first;
@@ -125,8 +139,8 @@ void prepare(const DsLinear& layer, const Tile& tile, int64_t first) {
   Vec scales[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) {
     const bool usable = norms[i] > kTiny && norms[i] < __builtin_inff();
-    scales[i] = broadcast_value(usable ? kNorm / norms[i] : 0.0f);
-    factors[i] = usable               ? norms[i] * (static_cast<float>(kLongestAtom) / kNorm)
+    scales[i] = broadcast_value(usable ? norm / norms[i] : 0.0f);
+    factors[i] = usable              ? norms[i] * unit
                  : norms[i] <= kTiny ? 0.0f
                                      : __builtin_nanf("");
   }
@@ -150,8 +164,8 @@ void prepare(const DsLinear& layer, const Tile& tile, int64_t first) {
 
 // R atoms times V vectors of 16 tokens -> R rows of 16-bit products. GCC 12 keeps the sums in registers only
 // if every loop over them is unrolled early, which it has to be told here and in `accumulate`.
-template <int R, int V>
-void multiply(const int16_t* atoms, int64_t width, const int32_t* x, int64_t pitch, int16_t* products) {
+template <int R, int V, typename Number>
+void multiply(const Number* atoms, int64_t width, int atom_bits, const int32_t* x, int64_t pitch, int16_t* products) {
   __m512i sum[R][V];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_si512();
@@ -173,13 +187,14 @@ void multiply(const int16_t* atoms, int64_t width, const int32_t* x, int64_t pit
       for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpwssd_epi32(sum[r][v], load_int(x + v * kLanes), atom);
     }
   }
-  const __m512i half = _mm512_set1_epi32(1 << (kAtomBits - 1));
+  const __m512i half = _mm512_set1_epi32(1 << (atom_bits - 1));
+  const __m128i bits = _mm_cvtsi32_si128(atom_bits);
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; v += 2) {
-      const __m512i low = _mm512_srai_epi32(_mm512_add_epi32(sum[r][v], half), kAtomBits);
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(sum[r][v + 1], half), kAtomBits);
+      const __m512i low = _mm512_sra_epi32(_mm512_add_epi32(sum[r][v], half), bits);
+      const __m512i high = _mm512_sra_epi32(_mm512_add_epi32(sum[r][v + 1], half), bits);
       // Packing works in 128-bit parts: four tokens of `low`, four of `high`, and so on. Interleaving undoes it.
       _mm512_storeu_si512(products + r * pitch + v * kLanes, _mm512_packs_epi32(low, high));
     }
@@ -187,39 +202,49 @@ void multiply(const int16_t* atoms, int64_t width, const int32_t* x, int64_t pit
 }
 
 // R atoms times all tokens of a tile, four or two vectors at a time.
-template <int R>
-void multiply_atoms(const int16_t* atoms, int64_t width, const int32_t* x, int64_t pitch, int16_t* products) {
+template <int R, typename Number>
+void multiply_atoms(const Number* atoms, int64_t width, int atom_bits, const int32_t* x, int64_t pitch,
+                    int16_t* products) {
   int64_t t = 0;
-  for (; t + 4 * kLanes <= pitch; t += 4 * kLanes) multiply<R, 4>(atoms, width, x + t, pitch, products + t);
-  if (t < pitch) multiply<R, 2>(atoms, width, x + t, pitch, products + t);
+  for (; t + 4 * kLanes <= pitch; t += 4 * kLanes) multiply<R, 4>(atoms, width, atom_bits, x + t, pitch, products + t);
+  if (t < pitch) multiply<R, 2>(atoms, width, atom_bits, x + t, pitch, products + t);
 }
 
-void dense(const DsLinear& layer, const Tile& tile, int64_t block) {
+template <typename Number>
+void multiply_block(const DsLinear& layer, const Tile& tile, int64_t block) {
   constexpr int R = 6;  // with four vectors, 24 sums of the 32 registers
   const int64_t width = layer.width, pitch = tile.pitch;
   const int32_t* x = pairs_at(layer, tile) + block * pairs_of(width) * pitch;
-  const int16_t* atoms = static_cast<const int16_t*>(layer.dictionary) + block * layer.n_atoms * width;
+  const Number* atoms = static_cast<const Number*>(layer.dictionary) + block * layer.n_atoms * width;
   int16_t* products = static_cast<int16_t*>(tile.products) + block * layer.n_atoms * pitch;
   int64_t k = 0;
-  for (; k + R <= layer.n_atoms; k += R) multiply_atoms<R>(atoms + k * width, width, x, pitch, products + k * pitch);
-  for (; k < layer.n_atoms; ++k) multiply_atoms<1>(atoms + k * width, width, x, pitch, products + k * pitch);
+  for (; k + R <= layer.n_atoms; k += R) {
+    multiply_atoms<R>(atoms + k * width, width, layer.atom_bits, x, pitch, products + k * pitch);
+  }
+  for (; k < layer.n_atoms; ++k) {
+    multiply_atoms<1>(atoms + k * width, width, layer.atom_bits, x, pitch, products + k * pitch);
+  }
+}
+
+void dense(const DsLinear& layer, const Tile& tile, int64_t block) {
+  (layer.number == Number::int8 ? multiply_block<int8_t> : multiply_block<int16_t>)(layer, tile, block);
 }
 
 // ---- sparse phase ----
 
 // Codes of some rows: those of the next block lie M · S further on.
-template <typename Index>
+template <typename Index, typename Value>
 struct Codes {
   const Index* indices;
-  const int16_t* values;
+  const Value* values;
 
   Codes at(int64_t code) const { return {indices + code, values + code}; }
 };
 
 // sum (R rows of G groups of 32 tokens at `out`) = or += pairs of values times pairs of rows of products, over
 // `n_blocks` blocks. Inlined, because a call costs a tenth of what a row of six codes does.
-template <int R, int G, typename Index>
-[[gnu::always_inline]] inline void accumulate(const DsLinear& layer, Codes<Index> codes, int64_t n_blocks,
+template <int R, int G, typename Index, typename Value>
+[[gnu::always_inline]] inline void accumulate(const DsLinear& layer, Codes<Index, Value> codes, int64_t n_blocks,
                                               const char* products, int32_t* out, bool first) {
   constexpr int64_t pitch = G * kGroup, row_bytes = pitch * sizeof(int16_t);
   const int64_t count = layer.n_nonzero;
@@ -279,17 +304,17 @@ void prefetch(const Number* numbers, int64_t n) {
 
 // A pass takes as many blocks as have their products in L1 together, so that sums, which do not stay there, come and
 // go once a pass.
-template <int G, typename Index>
+template <int G, typename Index, typename Value>
 void add_blocks(const DsLinear& layer, const Tile& tile, int64_t first, int64_t n_rows, int32_t* out) {
   constexpr int64_t pitch = G * kGroup;
   constexpr int R = 4;  // with two groups, 16 sums
   const int64_t count = layer.n_nonzero, block_codes = layer.out_features * count;
-  const Codes<Index> codes{static_cast<const Index*>(layer.indices) + first * count,
-                           static_cast<const int16_t*>(layer.values) + first * count};
+  const Codes<Index, Value> codes{static_cast<const Index*>(layer.indices) + first * count,
+                                  static_cast<const Value*>(layer.values) + first * count};
   for (int64_t block = 0; block < layer.n_blocks; block += tile.pass_blocks) {
     const int64_t n_blocks = smaller(tile.pass_blocks, layer.n_blocks - block);
     const char* products = static_cast<const char*>(tile.products) + block * layer.n_atoms * pitch * sizeof(int16_t);
-    const Codes<Index> here = codes.at(block * block_codes);
+    const Codes<Index, Value> here = codes.at(block * block_codes);
     for (int64_t next = n_blocks; next < smaller(2 * tile.pass_blocks, layer.n_blocks - block); ++next) {
       prefetch(here.at(next * block_codes).indices, n_rows * count);
       prefetch(here.at(next * block_codes).values, n_rows * count);
@@ -331,7 +356,10 @@ void finish(const DsLinear& layer, const Tile& tile, int64_t first, int64_t coun
 template <int G>
 void sparse_tile(const DsLinear& layer, const Tile& tile, int64_t first, int64_t count) {
   int32_t* sums = static_cast<int32_t*>(tile.sums) + first * G * kGroup;
-  (layer.wide ? add_blocks<G, uint16_t> : add_blocks<G, uint8_t>)(layer, tile, first, count, sums);
+  const auto add = layer.number == Number::int8
+                       ? (layer.wide ? add_blocks<G, uint16_t, int8_t> : add_blocks<G, uint8_t, int8_t>)
+                       : (layer.wide ? add_blocks<G, uint16_t, int16_t> : add_blocks<G, uint8_t, int16_t>);
+  add(layer, tile, first, count, sums);
   finish(layer, tile, first, count, sums);
 }
 
@@ -342,9 +370,20 @@ void sparse(const DsLinear& layer, const Tile& tile, int64_t first, int64_t coun
   }
 }
 
+TileFloats tile_floats(const DsLinear& layer, int64_t pitch) {
+  const int64_t products = layer.n_blocks * layer.n_atoms * pitch;
+  return {products / 2, layer.out_features * pitch, (layer.n_blocks * pairs_of(layer.width) + 1) * pitch};
+}
+
+// Few tokens leave most of a vector empty.
+bool suits(const DsLinear& layer, int64_t tokens) {
+  return (layer.number == Number::int16 || layer.number == Number::int8) && tokens > kGroup / 4;
+}
+
 }  // namespace
 
 extern const DsLinearTier ds_linear_avx512vnni = {
-    kGroup, 2 * kGroup, 2 * kGroup, 0.75f, sizeof(int16_t), prepare, dense, sparse, normalize, &ds_linear_avx512};
+    kGroup,  2 * kGroup, 2 * kGroup, kStepRows, 0.75f,   sizeof(int16_t), tile_floats, suits, &ds_linear_avx512,
+    nullptr, kLanes,     prepare,    dense,     sparse,  normalize};
 
 }  // namespace dsformer

@@ -25,6 +25,7 @@ float half_to_float(uint16_t half) {
 
 float read_number(const void* numbers, Number number, int64_t i) {
   switch (number) {
+    case Number::int8: return static_cast<const int8_t*>(numbers)[i];
     case Number::int16: return static_cast<const int16_t*>(numbers)[i];
     case Number::float16: return half_to_float(static_cast<const uint16_t*>(numbers)[i]);
     default: return static_cast<const float*>(numbers)[i];
@@ -93,6 +94,7 @@ void normalize(const DsLinear& layer, const float* residual, float* y, int64_t t
 }  // namespace
 
 extern const DsLinearTier ds_linear_scalar = {
-    kLanes, kMinTileTokens, kMaxTileTokens, kL1Share, sizeof(float), nullptr, dense, sparse, normalize, nullptr};
+    kLanes,  kMinTileTokens, kMaxTileTokens, kStepRows, kL1Share, sizeof(float), float_tile, suits_all,
+    nullptr, nullptr,        0,              nullptr,   dense,    sparse,        normalize};
 
 }  // namespace dsformer
