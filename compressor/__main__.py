@@ -43,6 +43,9 @@ Preset = Annotated[str, typer.Option(help="2x, 2.8x or 3.57x.")]
 Gamma = Annotated[float | None, typer.Option(help="Atoms per output row (K = γM), instead of the preset's.")]
 Delta = Annotated[float | None, typer.Option(help="Nonzeros per column of a block (S = δB), instead of the preset's.")]
 BlockSize = Annotated[int, typer.Option(help="Columns per block (B); 0 takes the head size.")]
+LimitBanks = Annotated[
+    bool, typer.Option(help="Spread a row's nonzeros over the banks of its dictionary: hardly less exact, and faster.")
+]
 Iterations = Annotated[int, typer.Option(help="Sweeps of K-SVD.")]
 Update = Annotated[
     Literal["auto", "mod", "ksvd"],
@@ -69,6 +72,10 @@ Seed = Annotated[int, typer.Option(help="Seed of heads, order and factorization.
 Distill = Annotated[
     bool, typer.Option("--distill/--no-distill", help="Learn from the dense fine-tuned teacher as well.")
 ]
+Teacher = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint to learn from besides the task; by default the model before its factorization."),
+]
 Hidden = Annotated[float, typer.Option(help="Weight of the relative distance to the teacher's hidden states.")]
 Interval = Annotated[int, typer.Option(help="Steps between fresh codings; in between the supports are kept.")]
 EvaluateEvery = Annotated[
@@ -79,8 +86,8 @@ EvaluateEvery = Annotated[
     ),
 ]
 StorageType = Annotated[
-    Literal["int16", "float16", "float32"],
-    typer.Option(help="How the model folder stores weights; int16: those not factorized as float16."),
+    Literal["int8", "int16", "float16", "float32"],
+    typer.Option(help="How the model folder stores weights; integers: those not factorized as float16."),
 ]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on from the checkpoint of a killed run.")]
 
@@ -150,6 +157,7 @@ def compress(
     gamma: Gamma = None,
     delta: Delta = None,
     block_size: BlockSize = 0,
+    limit_banks: LimitBanks = True,
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
     schedule: ScheduleName = "ft-f-stf",
@@ -164,11 +172,12 @@ def compress(
     seed: Seed = 0,
     distill: Distill = True,
     hidden_weight: Hidden = 10.0,
+    teacher: Teacher = None,
     omp_interval: Interval = 1,
     evaluate_every: EvaluateEvery = 0,
     resume: Resume = False,
 ) -> None:
-    """Factorize a fine-tuned checkpoint by K-SVD and train through the factorization."""
+    """Factorize a fine-tuned checkpoint by K-SVD and train through the factorization; or train a compressed one on."""
     from compressor import pipeline
 
     config = TrainConfig(
@@ -189,11 +198,12 @@ def compress(
     record = pipeline.compress(
         model,
         _data(task, data, train_file, validation_file, rows),
-        CompressionConfig(preset, gamma, delta, block_size),
+        CompressionConfig(preset, gamma, delta, block_size, limit_banks),
         KSVDConfig(iterations, dictionary_update, seed),
         config,
         output,
         schedule=schedule,
+        teacher=teacher,
         resume=resume,
     )
     _show(record.metrics, str(output))
@@ -207,7 +217,7 @@ def export(
     data: DataFolder = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
-    storage: StorageType = "int16",
+    storage: StorageType = "int8",
     measure: Annotated[bool, typer.Option(help="Measure the exported model on the validation set.")] = True,
 ) -> None:
     """Write the model folder that the service loads."""
@@ -254,6 +264,7 @@ def errors(
     gamma: Gamma = None,
     delta: Delta = None,
     block_size: BlockSize = 0,
+    limit_banks: LimitBanks = True,
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here as well.")] = None,
@@ -264,7 +275,7 @@ def errors(
     rows = pipeline.error_table(
         model,
         task,
-        CompressionConfig(preset, gamma, delta, block_size),
+        CompressionConfig(preset, gamma, delta, block_size, limit_banks),
         KSVDConfig(iterations, dictionary_update),
     )
     table = Table(*rows[0])
@@ -283,13 +294,14 @@ def synthetic(
     gamma: Gamma = None,
     delta: Delta = None,
     block_size: BlockSize = 0,
+    limit_banks: LimitBanks = True,
     seed: Seed = 0,
-    storage: StorageType = "int16",
+    storage: StorageType = "int8",
 ) -> None:
     """A dense and a compressed model folder with random weights, to time any shape without training it."""
     from compressor.synthetic import write_folders
 
-    compression = CompressionConfig(preset, gamma, delta, block_size)
+    compression = CompressionConfig(preset, gamma, delta, block_size, limit_banks)
     sizes = write_folders(shape, compression, output, storage=storage, seed=seed)
     for variant, numbers in sizes.items():
         _show(numbers, str(output / variant))
@@ -308,6 +320,7 @@ def run(
     gamma: Gamma = None,
     delta: Delta = None,
     block_size: BlockSize = 0,
+    limit_banks: LimitBanks = True,
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
     schedule: ScheduleName = "ft-f-stf",
@@ -327,7 +340,7 @@ def run(
     hidden_weight: Hidden = 10.0,
     omp_interval: Interval = 1,
     evaluate_every: EvaluateEvery = 0,
-    storage: StorageType = "int16",
+    storage: StorageType = "int8",
     dense_output: Annotated[Path | None, typer.Option(help="Keep the dense model folder here as well.")] = None,
     work: Annotated[Path, typer.Option(help="Checkpoints between the stages; a killed run goes on from here.")] = Path(
         "runs"
@@ -364,7 +377,7 @@ def run(
     card = pipeline.run(
         model,
         _data(task, data, train_file, validation_file, rows),
-        CompressionConfig(preset, gamma, delta, block_size),
+        CompressionConfig(preset, gamma, delta, block_size, limit_banks),
         KSVDConfig(iterations, dictionary_update, seed),
         dense,
         sparse,

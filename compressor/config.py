@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from kernels.banks import bank_limit
+
 # Windows in tokens, as the published BERT results use them.
 CLASSIFY_LENGTH = 128
 QA_LENGTH = 384
@@ -53,7 +55,8 @@ PRESETS = {
 class LayerPlan:
     """The sizes of one factorized matrix.
 
-    ``out_features`` M, ``in_features`` N, ``block_size`` B, ``n_atoms`` K, ``n_nonzero`` S.
+    ``out_features`` M, ``in_features`` N, ``block_size`` B, ``n_atoms`` K, ``n_nonzero`` S; ``bank_limit``: most
+    nonzeros of a row in one bank of atoms, None for no limit.
     """
 
     out_features: int
@@ -61,6 +64,7 @@ class LayerPlan:
     block_size: int
     n_atoms: int
     n_nonzero: int
+    bank_limit: int | None = None
 
     @property
     def n_blocks(self) -> int:
@@ -76,12 +80,16 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """γ and δ, either by preset or free, and the block size B (0: the model's head size)."""
+    """γ and δ, either by preset or free, and the block size B (0: the model's head size).
+
+    ``limit_banks``: rows spread their nonzeros over the banks of a dictionary, which makes inference faster.
+    """
 
     preset: str = "2.8x"
     gamma: float | None = None
     delta: float | None = None
     block_size: int = 0
+    limit_banks: bool = True
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -124,7 +132,8 @@ class CompressionConfig:
             )
         if n_nonzero > n_atoms:
             raise ConfigError(f"{name}: {n_nonzero} nonzeros a row exceed the {n_atoms} atoms; lower delta")
-        return LayerPlan(out_features, in_features, block, n_atoms, n_nonzero)
+        limit = bank_limit(n_atoms, n_nonzero) if self.limit_banks else None
+        return LayerPlan(out_features, in_features, block, n_atoms, n_nonzero, limit)
 
 
 def compression_ratio(plans: list[LayerPlan]) -> float:

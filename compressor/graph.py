@@ -11,7 +11,7 @@
 import tempfile
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from kernels.integers import to_int16
+from kernels.integers import to_int8, to_int16
 from kernels.onnx_op import ATTENTION_OP_TYPE, DOMAIN, INPUT_NAMES, MAX_HEAD_WIDTH, OP_TYPE, SINCE_VERSION, index_dtype
 
-# How weights lie in the file. int16: DSLinear's as 16-bit integers, which need no more bytes than float16 and can be
-# multiplied as they are; other large weights as float16.
-Storage = Literal["float32", "float16", "int16"]
+# How weights lie in the file. int8 and int16: DSLinear's as integers, which are multiplied as they are; other large
+# weights as float16.
+Storage = Literal["float32", "float16", "int16", "int8"]
 # onnx.ModelProto, .GraphProto and .NodeProto; onnx is not followed by the type checker.
 ModelProto: TypeAlias = Any
 GraphProto: TypeAlias = Any
@@ -89,10 +89,10 @@ class Factors:
     def stored(self, storage: Storage) -> dict[str, NDArray[Any]]:
         """The tensors as DSLinear takes them, by the names of its inputs."""
         indices = self.indices.astype(index_dtype(self.dictionary.shape[1]))
-        if storage == "int16":
+        if storage in _TO_INTEGERS:
             for name, tensor in (("dictionary", self.dictionary), ("values", self.values)):
                 _require_finite(f"{self.name}.{name}", tensor)
-            dictionary, values, scales = to_int16(self.dictionary, self.indices, self.values)
+            dictionary, values, scales = _TO_INTEGERS[storage](self.dictionary, self.indices, self.values)
             return {"dictionary": dictionary, "indices": indices, "values": values, "scales": scales}
         return {
             "dictionary": _as_float(f"{self.name}.dictionary", self.dictionary, storage),
@@ -101,7 +101,13 @@ class Factors:
         }
 
 
-def _as_float(name: str, tensor: NDArray[Any], storage: Literal["float32", "float16"]) -> NDArray[Any]:
+_TO_INTEGERS: dict[str, Callable[..., tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]] = {
+    "int16": to_int16,
+    "int8": to_int8,
+}
+
+
+def _as_float(name: str, tensor: NDArray[Any], storage: Storage) -> NDArray[Any]:
     _require_finite(name, tensor)
     largest = np.abs(tensor).max()
     if storage == "float16" and largest > np.finfo(np.float16).max:
@@ -213,7 +219,9 @@ def put_factors(model: ModelProto, factors: Sequence[Factors], storage: Storage)
         if len(members) == 1:
             nodes, absorbed = _single(factor, inputs, members[0], weights, consumers)
         else:
-            nodes, absorbed = _stacked(graph, factor, inputs, members, sizes, weights, consumers)
+            # Next to weights of 8 bits, more in attention would be wasted.
+            precision = "bfloat16" if storage == "int8" else "float32"
+            nodes, absorbed = _stacked(graph, factor, inputs, members, sizes, weights, consumers, precision)
         # Where the last one absorbed stood: what the epilogue reads has been computed by then.
         place = absorbed[-1] if absorbed else members[0]
         fresh[place.name] = nodes
@@ -328,6 +336,7 @@ def _stacked(
     sizes: Sequence[int],
     weights: Mapping[str, Any],
     consumers: Mapping[str, Sequence[NodeProto]],
+    precision: str,
 ) -> tuple[list[NodeProto], list[NodeProto]]:
     """(new nodes, nodes absorbed beside the MatMuls): one DSLinear for all members, then the Attention that takes them
     side by side; or a Split, where what follows is no attention of these three."""
@@ -352,6 +361,7 @@ def _stacked(
             name=attention.name,
             domain=DOMAIN,
             num_heads=n_heads,
+            precision=precision,
         ),
     ], [attention]
 

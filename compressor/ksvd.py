@@ -94,7 +94,7 @@ def _learn(
     best: Factorization | None = None
     best_errors = torch.full((plan.n_blocks,), torch.inf, device=weight.device)
     for sweep in range(config.iterations + 1):
-        indices, values = sparse_code(weight, dictionary, plan.n_nonzero)
+        indices, values = sparse_code(weight, dictionary, plan.n_nonzero, plan.bank_limit)
         current = Factorization(dictionary, indices, values)
         errors = _block_errors(weight, current)
         # Replacing atoms may raise the error of one sweep: what leaves here is the best seen, block by block.

@@ -30,6 +30,7 @@ from compressor.config import (
     CompressionConfig,
     ConfigError,
     KSVDConfig,
+    LayerPlan,
     Schedule,
     TrainConfig,
     compression_ratio,
@@ -38,9 +39,10 @@ from compressor.data import Example, Feature, classify_features, complete_task, 
 from compressor.evaluate import evaluate_folder, evaluate_model
 from compressor.export import Storage, export
 from compressor.files import replace_file
-from compressor.ksvd import factorize, relative_error, svd_error
+from compressor.graph import Factors
+from compressor.ksvd import Factorization, factorize, relative_error, svd_error
 from compressor.progress import progress
-from compressor.stf import StackSpec, factorize_model, head_size, plan_model, stacked_weight
+from compressor.stf import StackSpec, attach, factorize_model, head_size, plan_model, stacked_weight
 from compressor.tasks import Task, find_task
 from compressor.train import train
 
@@ -152,24 +154,41 @@ def compress(
     output: Path,
     *,
     schedule: Schedule = "ft-f-stf",
+    teacher: str | None = None,
     resume: bool = False,
     measure: bool = True,
 ) -> Record:
-    """Factorize the fine-tuned checkpoint ``source`` and train through the factorization into ``output``."""
+    """Factorize the fine-tuned checkpoint ``source`` and train through the factorization into ``output``.
+
+    A checkpoint that is factorized already is trained further from its own factors. ``teacher``: the checkpoint to
+    learn from besides the task; by default the dense ``source`` as it was.
+    """
     task = data.resolve()
     loaded = checkpoint.load(source, task)
-    if loaded.factors:
-        raise ConfigError(f"{source} is factorized already; give the dense fine-tuned checkpoint")
     training, validation = data.examples(task, config.seed)
     model = loaded.model.to(_device())
     planned = plan_model(model, compression)
-    teacher = None
-    if config.distill_weight or config.hidden_weight:
-        teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    stacks = factorize_model(model, compression, ksvd)
-    errors = {
-        stack.names[0]: round(relative_error(stacked_weight(model, stack.names), stack.dense()), 4) for stack in stacks
-    }
+    taught = bool(config.distill_weight or config.hidden_weight)
+    if loaded.factors and taught and not teacher:
+        raise ConfigError(
+            f"{source} is factorized already, and cannot be its own teacher; to train it further give the dense "
+            f"checkpoint as --teacher, or say --no-distill and --hidden-weight 0"
+        )
+    guide = None
+    if taught:
+        guide = checkpoint.load(teacher, task).model.to(_device()) if teacher else copy.deepcopy(model)
+        guide.eval().requires_grad_(False)
+        _require_alike(guide, model, config)
+    before = loaded.record if loaded.factors else None
+    if loaded.factors:
+        stacks = attach(model, planned, _known_factors(source, loaded.factors, planned))
+        errors = (before.compression or {}).get("ksvd_relative_error") if before else None
+    else:
+        stacks = factorize_model(model, compression, ksvd)
+        errors = {
+            stack.names[0]: round(relative_error(stacked_weight(model, stack.names), stack.dense()), 4)
+            for stack in stacks
+        }
     if schedule == "ft-f-ft":
         for stack in stacks:
             stack.freeze_supports()
@@ -180,17 +199,18 @@ def compress(
         config,
         pad_id=loaded.tokenizer.pad_token_id,
         checkpoint=_beside(output, "training.pt"),
-        teacher=teacher,
+        teacher=guide,
         score=_headline(model, loaded.tokenizer, task, validation),
         resume=resume,
         title=f"{schedule} on {task.name}",
     )
+    steps_before = int(before.extra.get("steps") or 0) if before else 0
     record = Record(
         task=task.name,
         base_model=loaded.record.base_model if loaded.record else Path(source).name,
         stage=schedule,
         seed=config.seed,
-        minutes=round(result.minutes, 1),
+        minutes=round(result.minutes + (before.minutes if before else 0), 1),
         train=asdict(config),
         compression={
             "preset": compression.name,
@@ -206,12 +226,49 @@ def compress(
         extra={
             "train_rows": len(training),
             "validation_rows": len(validation),
-            "steps": result.steps,
-            "kept_step": result.kept_step,
+            "steps": steps_before + result.steps,
+            "kept_step": steps_before + result.kept_step,
             "support_flip_share": round(result.support_flip_share, 5),
         },
     )
     return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record)
+
+
+def _require_alike(teacher: Any, model: Any, config: TrainConfig) -> None:
+    """The teacher reads the same tokens, and where hidden states are compared, has as many of the same size."""
+    names = ["vocab_size"] + (["num_hidden_layers", "hidden_size"] if config.hidden_weight else [])
+    for name in names:
+        expected, found = getattr(model.config, name), getattr(teacher.config, name)
+        if found != expected:
+            raise ConfigError(
+                f"the teacher's {name} is {found}, but the model's {expected}"
+                + ("; say --hidden-weight 0 to compare logits alone" if name != "vocab_size" else "")
+            )
+
+
+def _known_factors(
+    source: str, factors: Sequence[Factors], planned: Sequence[tuple[StackSpec, LayerPlan]]
+) -> list[Factorization]:
+    """The factors of a checkpoint as a start, in the plan's order."""
+    by_name = {factor.members: factor for factor in factors}
+    starts = []
+    for spec, plan in planned:
+        factor = by_name.get(tuple(spec.names))
+        wanted = (plan.n_blocks, plan.n_atoms, plan.block_size, plan.n_nonzero)
+        found = (*factor.dictionary.shape, factor.indices.shape[2]) if factor else None
+        if factor is None or found != wanted:
+            raise ConfigError(
+                f"{source}: {spec.names[0]} has blocks, K, B, S of {found}, but the preset wants {wanted}; "
+                f"give the preset or the gamma, delta and block size that it was compressed with"
+            )
+        starts.append(
+            Factorization(
+                torch.from_numpy(factor.dictionary),
+                torch.from_numpy(factor.indices).long(),
+                torch.from_numpy(factor.values),
+            )
+        )
+    return starts
 
 
 def _headline(model: Any, tokenizer: Any, task: Task, validation: Sequence[Example]) -> Callable[[], float]:
@@ -235,7 +292,7 @@ def _finish(
 
 
 def export_checkpoint(
-    source: Path, data: Data, output: Path, *, storage: Storage = "int16", measure: bool = True
+    source: Path, data: Data, output: Path, *, storage: Storage = "int8", measure: bool = True
 ) -> dict[str, Any]:
     """Write the model folder ``output`` for the service from a checkpoint folder; returns its card.
 
@@ -301,7 +358,7 @@ def run(
     dense_output: Path | None = None,
     finetuned: bool = False,
     schedule: Schedule = "ft-f-stf",
-    storage: Storage = "int16",
+    storage: Storage = "int8",
 ) -> dict[str, Any]:
     """Everything: fine-tune (unless ``finetuned``), compress, export dense and compressed, measure both.
 

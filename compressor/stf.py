@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class FactorizedStack(nn.Module):
         if not afresh:
             self.values.copy_(refit(weight, self.dictionary, self.indices))
             return 0.0
-        indices, values = sparse_code(weight, self.dictionary, self.plan.n_nonzero)
+        indices, values = sparse_code(weight, self.dictionary, self.plan.n_nonzero, self.plan.bank_limit)
         before = torch.zeros(*indices.shape[:2], self.plan.n_atoms, dtype=torch.bool, device=indices.device)
         kept = before.scatter(2, self.indices, True).gather(2, indices).float().mean()
         self.indices.copy_(indices)
@@ -204,7 +204,7 @@ def head_size(model: Any) -> int:
 def plan_model(model: nn.Module, config: CompressionConfig) -> list[tuple[StackSpec, LayerPlan]]:
     """Sizes of every stack, or the :class:`ConfigError` of the first that does not fit."""
     if not config.block_size:
-        config = CompressionConfig(config.preset, config.gamma, config.delta, head_size(model))
+        config = replace(config, block_size=head_size(model))
     return [
         (spec, config.plan(spec.names[0], spec.role, *stacked_weight(model, spec.names).shape))
         for spec in find_stacks(model)

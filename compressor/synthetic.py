@@ -19,6 +19,7 @@ from compressor.config import CompressionConfig, ConfigError, LayerPlan
 from compressor.export import Factors, Storage, export
 from compressor.ksvd import Factorization
 from compressor.stf import attach, head_size, materialize, plan_model
+from kernels.banks import bank_atoms
 
 # name: (layers, hidden size, heads, intermediate size)
 SHAPES = {
@@ -32,7 +33,7 @@ SHAPES = {
 
 
 def write_folders(
-    shape: str, compression: CompressionConfig, output: Path, *, storage: Storage = "int16", seed: int = 0
+    shape: str, compression: CompressionConfig, output: Path, *, storage: Storage = "int8", seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """Write the model folders ``output/dense`` and ``output/dsformer``; returns the sizes of each.
 
@@ -82,6 +83,11 @@ def _random_factors(plan: LayerPlan, generator: np.random.Generator) -> Factoriz
     dictionary = generator.standard_normal((plan.n_blocks, plan.n_atoms, plan.block_size), dtype=np.float32)
     dictionary /= np.linalg.norm(dictionary, axis=2, keepdims=True)
     rank = generator.random((plan.n_blocks, plan.out_features, plan.n_atoms), dtype=np.float32)
+    if plan.bank_limit is not None:  # no more than that of a bank: the others come after all that are allowed
+        for first in range(0, plan.n_atoms, bank_atoms(plan.n_atoms)):
+            bank = rank[..., first : first + bank_atoms(plan.n_atoms)]
+            last = min(plan.bank_limit, bank.shape[2]) - 1
+            bank[bank > np.partition(bank, last, axis=2)[..., last : last + 1]] += 1
     indices = np.sort(np.argpartition(rank, plan.n_nonzero - 1, axis=2)[..., : plan.n_nonzero], axis=2)
     spread = 0.02 * (plan.block_size / plan.n_nonzero) ** 0.5
     values = generator.standard_normal(indices.shape, dtype=np.float32) * np.float32(spread)

@@ -39,8 +39,8 @@ from service.tokenizer import Row
 # Of random tokens, for peers that are quantized: time does not depend on how many.
 CALIBRATION_ROWS = 4
 # The most that a compressed model's answers may differ from the scalar tier's, relative to the largest: several times
-# what 16-bit integers cost, and far less than a mistake would.
-LARGEST_DIFFERENCE = 0.01
+# what 8-bit integers cost, and far less than a mistake would.
+LARGEST_DIFFERENCE = 0.1
 
 
 class Options(BaseSettings):

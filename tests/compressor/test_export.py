@@ -183,6 +183,24 @@ def test_an_export_computes_what_pytorch_computes(name: str, storage: Any, facto
             np.testing.assert_allclose(found, wanted, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["bert", "bert-qa", "roberta", "electra"])
+def test_an_int8_export_computes_nearly_what_pytorch_computes(name: str, tmp_path: Path) -> None:
+    model, kind = make_model(name), "qa" if name.endswith("-qa") else "classify"
+    export(model, make_tokenizer(), factorize(model), tmp_path / "out", config_entry=entry(kind), storage="int8")
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    precisions = [v.s for n in graph.node if n.op_type == "Attention" for v in n.attribute if v.name == "precision"]
+    assert precisions == [b"bfloat16"] * 2
+    session = open_session(tmp_path / "out" / "model.onnx", threads=1)
+    batch = batch_of(5, 64, [node.name for node in session.get_inputs()])
+    with torch.inference_mode():
+        expected = model(**{key: torch.from_numpy(value) for key, value in batch.items()})
+    for node, found in zip(session.get_outputs(), session.run(None, batch), strict=True):
+        wanted = expected[node.name].numpy()
+        if kind == "qa":
+            wanted, found = (values[batch["attention_mask"] == 1] for values in (wanted, found))
+        assert np.abs(found - wanted).max() < 0.1 * wanted.std()
+
+
 def test_attention_that_is_not_ours_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressor.graph.MAX_HEAD_WIDTH", 4)
     model = make_model("bert")
@@ -192,15 +210,16 @@ def test_attention_that_is_not_ours_stays(tmp_path: Path, monkeypatch: pytest.Mo
     assert counts["Split"] >= 2
 
 
-def test_int16_is_for_factorized_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["int16", "int8"])
+def test_integers_are_for_factorized_weights(storage: Any, tmp_path: Path) -> None:
     model = make_model("bert")
-    for factors, precision in ((factorize(model), "int16"), (None, "float16")):
-        export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage="int16")
+    for factors, precision in ((factorize(model), storage), (None, "float16")):
+        export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage=storage)
         config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
         assert config["dsformer"]["precision"] == precision
         graph = onnx.load(tmp_path / "out" / "model.onnx").graph
         types = {tensor.name: onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in graph.initializer}
-        assert all((types[name] == np.int16) == name.endswith(("dictionary", "values")) for name in types)
+        assert all((types[name] == np.dtype(storage)) == name.endswith(("dictionary", "values")) for name in types)
 
 
 def test_float16_halves_the_file_and_stays_float16_in_memory(tmp_path: Path) -> None:
@@ -221,15 +240,16 @@ def test_float16_halves_the_file_and_stays_float16_in_memory(tmp_path: Path) -> 
     assert all(types[name] == np.float32 for name in types if "LayerNorm" in name or name.endswith("bias"))
 
 
-@pytest.mark.parametrize("storage", ["float16", "int16"])
+@pytest.mark.parametrize("storage", ["float16", "int16", "int8"])
 def test_sizes(storage: Any, tmp_path: Path) -> None:
     model = make_model("bert")
     factors = factorize(model)
     sizes = export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage=storage)
     n_blocks = sum(len(factor.dictionary) for factor in factors.values())
     codes = sum(factor.values.size for factor in factors.values())
-    scales = 4 * sum(factor.out_features for factor in factors.values()) if storage == "int16" else 0
-    assert sizes["factorized_bytes"] == 2 * n_blocks * K * B + (2 + 1) * codes + scales
+    scales = 4 * sum(factor.out_features for factor in factors.values()) if storage[:3] == "int" else 0
+    number = 1 if storage == "int8" else 2
+    assert sizes["factorized_bytes"] == number * n_blocks * K * B + (number + 1) * codes + scales
     weights = 2 * (4 * 32 * 32 + 2 * 32 * 64)
     assert sizes["factorized_float32_bytes"] == 4 * weights
     # Eq. 11 by its meaning: 32 bits a dictionary entry and a value, log2(K) an index.

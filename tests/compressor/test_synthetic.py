@@ -31,6 +31,20 @@ def test_both_folders_run_and_differ_only_in_their_layers(tmp_path: Path) -> Non
     assert sizes["dsformer"]["file_bytes"] < sizes["dense"]["file_bytes"]
 
 
+def test_codes_keep_to_the_banks_of_wide_layers(tmp_path: Path) -> None:
+    found = {}
+    for limited in (True, False):
+        write_folders("bert-mini", CompressionConfig("2x", 0.375, 0.25, 32, limited), tmp_path / str(limited))
+        graph = onnx.load(tmp_path / str(limited) / "dsformer" / "model.onnx").graph
+        tensors = {tensor.name: tensor for tensor in graph.initializer}
+        name = next(name for name in tensors if name.endswith("intermediate.dense.indices"))
+        indices = onnx.numpy_helper.to_array(tensors[name])
+        assert indices.shape[2] == 8
+        found[limited] = np.stack([(indices // 128 == bank).sum(axis=2) for bank in range(3)]).max()
+        assert (np.diff(np.sort(indices, axis=2).astype(int), axis=2) > 0).all()
+    assert found[True] == 4 < found[False]
+
+
 def test_an_unknown_shape_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the shapes are bert-base"):
         write_folders("bert-giant", CompressionConfig(), tmp_path)

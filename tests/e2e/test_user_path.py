@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import save_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -84,6 +85,55 @@ def test_card_holds_what_was_measured(models: Path) -> None:
     assert config["id2label"] == {"0": "angry", "1": "happy"}
     assert config["dsformer"]["variant"] == "dsformer"
     assert config["dsformer"]["block_size"] == 8
+
+
+def further(models: Path, **changes: str) -> list[str]:
+    """The command that trains the compressed checkpoint on, with its dense one as the teacher."""
+    work = models.parent / "work"
+    stages = {stage: next(work.glob(f"{stage}-*/training.json")).parent for stage in ("dense", "compressed")}
+    options = {
+        "model": str(stages["compressed"]),
+        "teacher": str(stages["dense"]),
+        "task": "classify",
+        "train-file": str(models.parent / "reviews.tsv"),
+        "gamma": "0.4",
+        "delta": "0.375",
+        "steps": "5",
+        "batch-size": "16",
+        "output": str(models.parent / "further"),
+        **changes,
+    }
+    return [*COMPRESS, "compress", *(part for name, value in options.items() if value for part in (f"--{name}", value))]
+
+
+def test_a_compressed_checkpoint_is_trained_on(models: Path) -> None:
+    done = subprocess.run(further(models), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "K-SVD" not in done.stderr
+    record = json.loads((models.parent / "further" / "training.json").read_text())
+    earlier = json.loads(next((models.parent / "work").glob("compressed-*/training.json")).read_text())
+    assert record["extra"]["steps"] == earlier["extra"]["steps"] + 5
+    assert record["minutes"] >= earlier["minutes"]
+    assert record["metrics"]["accuracy"] >= 90
+    assert record["compression"]["ksvd_relative_error"] == earlier["compression"]["ksvd_relative_error"]
+    before = next((models.parent / "work").glob("compressed-*/factors.safetensors"))
+    old, new = (load_file(path) for path in (before, models.parent / "further" / "factors.safetensors"))
+    assert {name: tensor.shape for name, tensor in old.items()} == {name: tensor.shape for name, tensor in new.items()}
+    assert any(not torch.equal(old[name], new[name]) for name in old if name.endswith("values"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"teacher": ""}, "cannot be its own teacher"),
+        ({"gamma": "0.5"}, "but the preset wants"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_a_sentence(models: Path, changes: dict[str, str], sentence: str) -> None:
+    done = subprocess.run(further(models, **changes), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert sentence in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -317,7 +317,7 @@ def test_info(client: TestClient) -> None:
     }
     assert info["limits"]["max_batch_items"] == 64
     assert info["truncation"] == "error"
-    assert info["runtime"]["isa"] in ("scalar", "avx2", "avx512", "avx512vnni")
+    assert info["runtime"]["isa"] in ("scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16")
     assert info["runtime"]["isa_reason"]
     (model,) = [m for m in info["models"] if (m["task"], m["variant"]) == ("classify", "dsformer")]
     assert (model["preset"], model["labels"], model["max_length"]) == ("2.8x", ["NEGATIVE", "POSITIVE"], 128)

@@ -162,7 +162,7 @@ def test_the_log_says_what_runs_and_repeats_no_text(server: tuple[str, Path]) ->
     httpx.get(url + "/supercalifragilistic")
     text = log.read_text()
     assert "max_body_bytes=500000" in text
-    assert re.search(r"isa=(scalar|avx2|avx512|avx512vnni) isa_reason=", text)
+    assert re.search(r"isa=(scalar|avx2|avx512|avx512vnni|avx512vbmi|avx512bf16) isa_reason=", text)
     assert "variable=DSFORMER_TYPO" in text
     assert re.search(r"request request_id=\w+ route=/classify method=POST status=422", text)
     assert "supercali" not in text
