@@ -7,8 +7,6 @@
 // registers over all blocks, and X and Y are used as they lie, with no transpositions.
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "../ds_linear.h"
@@ -39,6 +37,7 @@ constexpr float kTiny = 1e-30f;
 // Taken out of a token's scale, and put into the rows', so that the product of large numbers stays within float32.
 constexpr float kUnit = 0x1p-20f;
 
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 __m512i load_int(const void* p) { return _mm512_loadu_si512(p); }
@@ -78,7 +77,7 @@ float* factors_at(const Tile& tile) { return static_cast<float*>(tile.prepared);
 int64_t block_bytes(const Layout& l) { return l.banks * l.slot; }
 int64_t token_bytes(const DsLinear& layer, const Layout& l) { return layer.n_blocks * block_bytes(l); }
 
-// The first n numbers of 64 as 16-bit-wide vectors; the others are zero.
+// 64 numbers, of which the first n are given; the others are zero.
 struct Numbers {
   __m512 v[4];
 };
