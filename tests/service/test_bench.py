@@ -47,13 +47,13 @@ def test_each_folder_is_timed_at_each_shape(models: Path, tmp_path: Path, capsys
 def test_answers_that_are_not_the_scalar_tiers_are_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models / "tiny-classify-dsformer"
     model = OnnxModel(artifact.read(folder), 1)
-    outputs = {None: [1.0, 2.0], "scalar": [1.0, 2.1]}
+    outputs = {None: [1.0, 2.0], "scalar": [1.0, 2.5]}
 
     def start(folder: Path, threads: int, batch: int, tokens: int, isa: str | None = None) -> alone.Alone:
         return alone.Alone(0.1, 100.0, outputs[isa])
 
     monkeypatch.setattr(bench.alone, "start", start)
-    with pytest.raises(StartError, match=r"differ from the scalar tier's by 0\.048 of the largest"):
+    with pytest.raises(StartError, match=r"differ from the scalar tier's by 0\.2 of the largest"):
         bench.footprints([model], ["tiny"], 1, (1, 9), 1)
 
 
