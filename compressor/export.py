@@ -22,6 +22,7 @@ from compressor.config import LayerPlan, compression_ratio
 from compressor.data import ClassifyExample, Example, QAExample, Tokenizer
 from compressor.files import replaced_folder
 from compressor.graph import (
+    TO_INTEGERS,
     ExportError,
     Factors,
     ModelProto,
@@ -109,7 +110,7 @@ def export(
     content = graph.SerializeToString()
     entry = {
         **config_entry,
-        "precision": storage if matrices or storage not in ("int16", "int8") else "float16",
+        "precision": storage if matrices or storage not in TO_INTEGERS else "float16",
         "format_version": FORMAT_VERSION,
         "sha256": hashlib.sha256(content).hexdigest(),
     }

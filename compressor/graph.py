@@ -89,10 +89,10 @@ class Factors:
     def stored(self, storage: Storage) -> dict[str, NDArray[Any]]:
         """The tensors as DSLinear takes them, by the names of its inputs."""
         indices = self.indices.astype(index_dtype(self.dictionary.shape[1]))
-        if storage in _TO_INTEGERS:
+        if storage in TO_INTEGERS:
             for name, tensor in (("dictionary", self.dictionary), ("values", self.values)):
                 _require_finite(f"{self.name}.{name}", tensor)
-            dictionary, values, scales = _TO_INTEGERS[storage](self.dictionary, self.indices, self.values)
+            dictionary, values, scales = TO_INTEGERS[storage](self.dictionary, self.indices, self.values)
             return {"dictionary": dictionary, "indices": indices, "values": values, "scales": scales}
         return {
             "dictionary": _as_float(f"{self.name}.dictionary", self.dictionary, storage),
@@ -101,7 +101,7 @@ class Factors:
         }
 
 
-_TO_INTEGERS: dict[str, Callable[..., tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]] = {
+TO_INTEGERS: dict[str, Callable[..., tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]] = {
     "int16": to_int16,
     "int8": to_int8,
 }

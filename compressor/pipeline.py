@@ -165,15 +165,15 @@ def compress(
     """
     task = data.resolve()
     loaded = checkpoint.load(source, task)
-    training, validation = data.examples(task, config.seed)
-    model = loaded.model.to(_device())
-    planned = plan_model(model, compression)
     taught = bool(config.distill_weight or config.hidden_weight)
     if loaded.factors and taught and not teacher:
         raise ConfigError(
             f"{source} is factorized already, and cannot be its own teacher; to train it further give the dense "
-            f"checkpoint as --teacher, or say --no-distill and --hidden-weight 0"
+            f"checkpoint as --teacher, or say --no-distill"
         )
+    training, validation = data.examples(task, config.seed)
+    model = loaded.model.to(_device())
+    planned = plan_model(model, compression)
     guide = None
     if taught:
         guide = checkpoint.load(teacher, task).model.to(_device()) if teacher else copy.deepcopy(model)

@@ -119,7 +119,9 @@ DsLinear read_layer(const NodeReader& node) {
     require_below<uint8_t>(indices, layer.n_atoms);
   }
   if (layer.number == Number::int16 || layer.number == Number::int8) {
-    layer.atom_bits = layer.number == Number::int16 ? atom_bits<int16_t>(dictionary) : atom_bits<int8_t>(dictionary);
+    const bool is_int16 = layer.number == Number::int16;
+    const int bits = is_int16 ? atom_bits<int16_t>(dictionary) : atom_bits<int8_t>(dictionary);
+    layer.atom_bits = is_int16 ? kAtomBits : bits;  // rule 2 of int16 counts on the full number
     layer.scales = constant_row_numbers(node, kScales, layer.out_features);
     if (!layer.scales) throw BadNode(kNoConstantScales);
   } else if (Tensor scales; node.constant(kScales, &scales) && scales.size() > 0) {

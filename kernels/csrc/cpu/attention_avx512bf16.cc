@@ -24,8 +24,6 @@ __m512i pairs(Vec first, Vec second) {
   return _mm512_permutexvar_epi16(order, both);
 }
 
-Vec load_some(const float* x, int64_t n) { return n >= kLanes ? load(x) : n > 0 ? load_first(x, n) : zero(); }
-
 // n numbers of a row as neighbouring pairs; beyond them zeros, up to whole vectors of 16 pairs.
 void round_row(const float* x, int64_t n, int32_t* out) {
   for (int64_t i = 0; i < n; i += 2 * kLanes) {
@@ -128,7 +126,8 @@ void pair_queries(const float* queries, int64_t pitch, int64_t tokens, int64_t w
         v[j] = (Vec)_mm512_cvtne2ps_pbh(load_some(x + kLanes, n - kLanes) * scale, load_some(x, n) * scale);
       }
       transpose(v);
-      for (int64_t j = 0; j < smaller(kLanes, (width - i + 1) / 2); ++j) store(reinterpret_cast<float*>(out) + (i / 2 + j) * kPitch + t, v[j]);
+      float* row = reinterpret_cast<float*>(out) + i / 2 * kPitch + t;
+      for (int64_t j = 0; j < smaller(kLanes, (width - i + 1) / 2); ++j) store(row + j * kPitch, v[j]);
     }
   }
 }

@@ -40,7 +40,6 @@ constexpr float kUnit = 0x1p-20f;
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-__m512i load_int(const void* p) { return _mm512_loadu_si512(p); }
 void store_int(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
 
 // sum's 16 lanes += four bytes without a sign times four with one. Around the intrinsic, GCC 12 copies sums from
@@ -77,38 +76,13 @@ float* factors_at(const Tile& tile) { return static_cast<float*>(tile.prepared);
 int64_t block_bytes(const Layout& l) { return l.banks * l.slot; }
 int64_t token_bytes(const DsLinear& layer, const Layout& l) { return layer.n_blocks * block_bytes(l); }
 
-// 64 numbers, of which the first n are given; the others are zero.
-struct Numbers {
-  __m512 v[4];
-};
-Numbers load_numbers(const float* x, int64_t n) {
-  Numbers numbers;
-  for (int64_t i = 0; i < 4; ++i, n -= kLanes) {
-    numbers.v[i] = n >= kLanes ? load(x + i * kLanes) : n > 0 ? load_first(x + i * kLanes, n) : zero();
-  }
-  return numbers;
-}
-
-// 64 floats, times a scale, as bytes: what saturates stays at the ends of their range.
-__m512i bytes_of(const Numbers& numbers, Vec scale) {
-  __m512i v[4];
-  for (int i = 0; i < 4; ++i) v[i] = _mm512_cvtps_epi32(numbers.v[i] * scale);
-  const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
-  // Packing works in 128-bit parts; the permutation puts theirs in order.
-  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), packed);
-}
-
 // The largest magnitude among a block's numbers, in some lane, as an integer: floats without a sign compare alike, and
 // NaN is above all.
 Vec magnitudes(const float* x, int64_t width) {
   const __m512i no_sign = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_setzero_si512();
-  int64_t b = 0;
-  for (; b + kLanes <= width; b += kLanes) {
-    largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(load(x + b)), no_sign));
-  }
-  if (b < width) {
-    largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(load_first(x + b, width - b)), no_sign));
+  for (int64_t b = 0; b < width; b += kLanes) {
+    largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(load_some(x + b, width - b)), no_sign));
   }
   return _mm512_castsi512_ps(largest);
 }
@@ -139,10 +113,17 @@ void measure(const DsLinear& layer, const float* x, float shifted, float* scales
 
 // One block of a token as bytes, 128 more than they are.
 void quantize(const float* x, int64_t width, float scale, uint8_t* out) {
+  // Packing works in 128-bit parts; the permutation puts theirs in order.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (int64_t b = 0; b < width; b += 64) {
-    // Not-a-number times zero is some integer, which a NaN unit makes up for.
-    const __m512i bytes = bytes_of(load_numbers(x + b, width - b), broadcast_value(scale));
-    store_int(out + b, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
+    __m512i v[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      // Not-a-number times zero is some integer, which a NaN unit makes up for.
+      const int64_t first = b + i * kLanes;
+      v[i] = _mm512_cvtps_epi32(load_some(x + first, width - first) * broadcast_value(scale));
+    }
+    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+    store_int(out + b, _mm512_xor_si512(_mm512_permutexvar_epi32(order, packed), _mm512_set1_epi8(-128)));
   }
 }
 
@@ -186,7 +167,7 @@ void multiply(const int8_t* atoms, const int32_t* corrections, int64_t columns, 
 // All atoms of a bank, `vectors` of 16.
 template <int T>
 void multiply_bank(const int8_t* atoms, const int32_t* corrections, int64_t vectors, int64_t columns, const uint8_t* x,
-                    int64_t x_pitch, __m128i shift, int16_t* products, int64_t pitch, __m512i* largest) {
+                   int64_t x_pitch, __m128i shift, int16_t* products, int64_t pitch, __m512i* largest) {
   const auto some = [&](auto multiply, int64_t n) {
     multiply(atoms, corrections, columns, x, x_pitch, shift, products, pitch, largest);
     atoms += n * kLanes * columns;
@@ -208,8 +189,8 @@ void multiply_block(const DsLinear& layer, const Layout& l, int64_t block, const
   for (int64_t bank = 0; bank < l.banks; ++bank) {
     const int64_t vector = block * l.vectors + bank * whole, n = smaller(whole, l.vectors - bank * whole);
     multiply_bank<T>(at<int8_t>(layer.packed, l.dictionary) + vector * vector_bytes,
-                      at<int32_t>(layer.packed, l.corrections) + vector * kLanes, n, l.columns, x, x_pitch, shift,
-                      products + bank * l.slot, pitch, largest);
+                     at<int32_t>(layer.packed, l.corrections) + vector * kLanes, n, l.columns, x, x_pitch, shift,
+                     products + bank * l.slot, pitch, largest);
   }
 }
 

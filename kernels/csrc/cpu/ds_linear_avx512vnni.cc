@@ -30,7 +30,6 @@ constexpr float kLeastSquare = 1e-24f, kLargestSquare = 1e37f;
 
 int64_t pairs_of(int64_t width) { return (width + 1) / 2; }
 
-__m512i load_int(const void* p) { return _mm512_loadu_si512(p); }
 // Two neighbouring numbers in every lane, and one with a zero beside it.
 __m512i broadcast_pair(const int16_t* p) {
   int32_t pair;
