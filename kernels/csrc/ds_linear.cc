@@ -11,14 +11,16 @@
 namespace dsformer {
 namespace {
 
-// Scratch of one group of tiles: 1 MiB, so that what the dense phase writes is still in L2 for the sparse one, and a
-// large batch needs no memory in proportion. One tile has tasks enough for some threads.
-constexpr int64_t kGroupFloats = int64_t{1} << 18;
+// Scratch of one group of tiles: 2 MiB. What the dense phase writes is still in L2, or near, for the sparse one, a large
+// batch needs no memory in proportion, and threads wait for each other less often than with one tile at a time.
+constexpr int64_t kGroupFloats = int64_t{1} << 19;
 // Tasks a sparse phase should have, so that a pool of some threads balances.
 constexpr int64_t kWantedTasks = 16;
 // Least use of a row of products in a chunk of output rows, to pay for bringing it into L1; and the least rows.
 constexpr int64_t kMinUses = 16;
 constexpr int64_t kMinChunkRows = 64;
+// Blocks in a pass of the sparse phase at least: with fewer, sums come and go more than products spared L1 by it.
+constexpr int64_t kLeastPass = 4;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -70,7 +72,7 @@ struct Group {
     float* sums = products + sizes.products;
     float* prepared = sums + sizes.sums;
     return {x + first * layer.in_features, y + first * layer.out_features, count, pitch, products, sums, prepared,
-            std::max<int64_t>(1, fitting_tokens(layer, tier) / pitch)};
+            std::max(kLeastPass, fitting_tokens(layer, tier) / pitch)};
   }
 };
 

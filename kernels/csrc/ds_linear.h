@@ -21,6 +21,8 @@ namespace dsformer {
 constexpr int64_t kMinTileTokens = 32, kMaxTileTokens = 64;
 constexpr float kL1Share = 1.5f;
 constexpr int64_t kStepRows = 16;
+// Integers: rows of products are half as long, and passes of blocks spare the sums more than wide tiles would.
+constexpr float kIntegersShare = 1.0f;
 
 // Bits of the norm of the longest atom that int16 dictionaries may have (FORMAT.md section 4).
 constexpr int kAtomBits = 14;
@@ -104,6 +106,8 @@ bool suits_all(const DsLinear& layer, int64_t tokens);
 
 extern const DsLinearTier ds_linear_scalar;
 #if defined(__x86_64__)
+extern const DsLinearTier ds_linear_floats_avx2;
+extern const DsLinearTier ds_linear_floats_avx512;
 extern const DsLinearTier ds_linear_avx2;
 extern const DsLinearTier ds_linear_avx512;
 extern const DsLinearTier ds_linear_avx512vnni;

@@ -14,7 +14,7 @@ import pytest
 from cases import (
     EDGE_CASES,
     EDGE_TOKENS,
-    GROUPS_CASE,
+    GROUPS_CASES,
     GROUPS_TOKENS,
     MAX_RELATIVE_ERROR,
     ROUNDED_ERRORS,
@@ -43,7 +43,7 @@ class Check(NamedTuple):
 
 
 def ds_linear_checks():
-    for case, tokens in [(c, EDGE_TOKENS) for c in EDGE_CASES] + [(GROUPS_CASE, GROUPS_TOKENS)]:
+    for case, tokens in [(c, EDGE_TOKENS) for c in EDGE_CASES] + [(c, GROUPS_TOKENS) for c in GROUPS_CASES]:
         rng = np.random.default_rng(1)
         arrays = case.arrays()
         features = {"X": case.n_blocks * case.width} | ({"residual": case.rows} if case.residual else {})

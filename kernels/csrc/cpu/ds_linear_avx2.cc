@@ -1,5 +1,7 @@
-// AVX2, FMA, F16C: 8 tokens a vector.
+// Integer weights with AVX2: 8 tokens a vector.
 #include <immintrin.h>
+
+#include <cstring>
 
 #include "../ds_linear.h"
 
@@ -7,28 +9,24 @@ namespace dsformer {
 namespace {
 
 #include "vec_avx2.inc"
+#include "int_avx2.inc"
 
-// Dense phase: 12 accumulators of the 16 registers at most; panels of two vectors.
-constexpr int kPanel = 2;
-constexpr int kDenseRows[] = {0, 8, 6};
-// Sparse phase: two rows of more vectors than these would spill.
-constexpr int kPairVectors = 6;
-#define TIER_HAS_8_VECTORS
+constexpr int kAtoms = 2, kPanel = 4;  // 8 sums of the 16 registers
+constexpr int kSums = 8;
+constexpr int kMostGroups = 4;
 
-Vec from_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-Vec from_int16(const uint16_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
-Vec from_int8(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+Int multiply_add(Int sum, Int a, Int b) {
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  asm volatile("" : "+v"(sum));  // or GCC 12 multiplies first and adds later, and has too few registers for that
+  return sum;
 }
 
-#include "ds_linear_tiles.inc"
+#include "ds_linear_integers.inc"
 
 }  // namespace
 
 extern const DsLinearTier ds_linear_avx2 = {
-    kLanes,  kMinTileTokens, kMaxTileTokens, kStepRows, kL1Share, sizeof(float), float_tile, suits_all,
-    nullptr, nullptr,        0,              nullptr,   dense,    sparse,        normalize};
+    kGroup, kMinTileTokens, kMostGroups * kGroup, kStepRows, kIntegersShare, sizeof(int16_t), tile_floats, suits,
+    &ds_linear_floats_avx2, nullptr, kLanes, prepare, dense, sparse, normalize};
 
 }  // namespace dsformer

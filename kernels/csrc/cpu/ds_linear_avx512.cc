@@ -1,5 +1,7 @@
-// AVX-512 F, BW, VL, DQ: 16 tokens a vector, masks for tails.
+// Integer weights with AVX-512 F, BW, VL, DQ, where a multiply-add of pairs is two instructions.
 #include <immintrin.h>
+
+#include <cstring>
 
 #include "../ds_linear.h"
 
@@ -7,28 +9,24 @@ namespace dsformer {
 namespace {
 
 #include "vec_avx512.inc"
+#include "int_avx512.inc"
 
-// Dense phase: 24 accumulators of the 32 registers at most; a panel is all four vectors of the largest tile.
-constexpr int kPanel = 4;
-constexpr int kDenseRows[] = {0, 12, 12, 8, 6};
-constexpr int kPairVectors = 4;
+constexpr int kAtoms = 6, kPanel = 4;  // 24 sums of the 32 registers
+constexpr int kSums = 16;
+constexpr int kMostGroups = 2;
 
-Vec from_half(const uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-Vec from_int16(const uint16_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-}
-Vec from_int8(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+Int multiply_add(Int sum, Int a, Int b) {
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+  asm volatile("" : "+v"(sum));  // or GCC 12 multiplies first and adds later, and has too few registers for that
+  return sum;
 }
 
-#include "ds_linear_tiles.inc"
+#include "ds_linear_integers.inc"
 
 }  // namespace
 
 extern const DsLinearTier ds_linear_avx512 = {
-    kLanes,  kMinTileTokens, kMaxTileTokens, kStepRows, kL1Share, sizeof(float), float_tile, suits_all,
-    nullptr, nullptr,        0,              nullptr,   dense,    sparse,        normalize};
+    kGroup, kMinTileTokens, kMostGroups * kGroup, kStepRows, kIntegersShare, sizeof(int16_t), tile_floats, suits,
+    &ds_linear_floats_avx512, nullptr, kLanes, prepare, dense, sparse, normalize};
 
 }  // namespace dsformer
