@@ -16,16 +16,24 @@ gradients.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from compressor.config import CompressionConfig, ConfigError, KSVDConfig, LayerPlan
+from compressor.config import CompressionConfig, KSVDConfig, LayerPlan
 from compressor.ksvd import Factorization, factorize
+from compressor.layers import (
+    CompressedLinear,
+    StackSpec,
+    find_stacks,
+    head_size,
+    linear_layer,
+    replace_layer,
+    stacked_weight,
+)
 from compressor.omp import blocks, dense_codes, reconstruct, refit, sparse_code
 from compressor.progress import progress
 
@@ -118,7 +126,7 @@ class FactorizedStack(nn.Module):
         return product
 
 
-class FactorizedLinear(nn.Module):
+class FactorizedLinear(CompressedLinear):
     """An ``nn.Linear`` whose weight is a slice of a stack's S·D; keeps W and the bias of the layer it replaces."""
 
     def __init__(self, linear: nn.Linear, stack: FactorizedStack, start: int) -> None:
@@ -131,77 +139,12 @@ class FactorizedLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         return self._stack[0].effective(self.weight, *self.rows)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.effective_weight(), self.bias)
+
+# A stack and its sizes.
+Planned: TypeAlias = tuple[StackSpec, LayerPlan]
 
 
-@dataclass(frozen=True)
-class StackSpec:
-    """The layers of one stack by module name, and their role."""
-
-    names: tuple[str, ...]
-    role: str
-
-
-# Where the four kinds of matrices live in each architecture's layer, relative to it.
-_LAYER_PATTERNS = (
-    # BERT, RoBERTa, ELECTRA, CamemBERT, XLM-RoBERTa
-    {
-        "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-        "attention_output": ("attention.output.dense",),
-        "ffn1": ("intermediate.dense",),
-        "ffn2": ("output.dense",),
-    },
-    # DistilBERT
-    {
-        "qkv": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-        "attention_output": ("attention.out_lin",),
-        "ffn1": ("ffn.lin1",),
-        "ffn2": ("ffn.lin2",),
-    },
-    # ALBERT
-    {
-        "qkv": ("attention.query", "attention.key", "attention.value"),
-        "attention_output": ("attention.dense",),
-        "ffn1": ("ffn",),
-        "ffn2": ("ffn_output",),
-    },
-)
-
-
-def find_stacks(model: nn.Module) -> list[StackSpec]:
-    """The matrices of every encoder layer, Q, K and V stacked; raises :class:`ConfigError` for other models."""
-    modules = dict(model.named_modules())
-    for pattern in _LAYER_PATTERNS:
-        query = pattern["qkv"][0]
-        ends = re.compile(rf"^(.*)\.{re.escape(query)}$")
-        layers = [match.group(1) for name in modules if (match := ends.match(name))]
-        specs = [
-            StackSpec(tuple(f"{layer}.{name}" for name in names), role)
-            for layer in layers
-            for role, names in pattern.items()
-        ]
-        if specs and all(isinstance(modules.get(name), nn.Linear) for spec in specs for name in spec.names):
-            return specs
-    raise ConfigError(
-        f"{type(model).__name__} is not a model of the BERT family that can be factorized: expected encoder layers "
-        f"with query, key, value, output and two feed-forward linear layers"
-    )
-
-
-def stacked_weight(model: nn.Module, names: Sequence[str]) -> Tensor:
-    """The members' weights on top of one another, (M, N)."""
-    weights = [model.get_submodule(name).weight for name in names]
-    return weights[0] if len(weights) == 1 else torch.cat(weights)  # type: ignore[arg-type, return-value]
-
-
-def head_size(model: Any) -> int:
-    """Width of one attention head, the paper's block size."""
-    config = model.config
-    return int(config.hidden_size // config.num_attention_heads)
-
-
-def plan_model(model: nn.Module, config: CompressionConfig) -> list[tuple[StackSpec, LayerPlan]]:
+def plan_model(model: nn.Module, config: CompressionConfig) -> list[Planned]:
     """Sizes of every stack, or the :class:`ConfigError` of the first that does not fit."""
     if not config.block_size:
         config = replace(config, block_size=head_size(model))
@@ -221,27 +164,28 @@ def factorize_model(
     Returns the stacks; the model also holds them as ``model.factorized_stacks``.
     """
     plans = plan_model(model, config)
+    return attach(model, plans, factorize_stacks(model, plans, ksvd))
+
+
+def factorize_stacks(model: nn.Module, plans: Sequence[Planned], ksvd: KSVDConfig) -> list[Factorization]:
+    """K-SVD of every planned stack; ``model`` is left as it is."""
     starts = []
     sweeps = (ksvd.iterations + 1) * (2 if ksvd.update == "auto" else 1)
     with progress("K-SVD", total=len(plans) * sweeps) as advance:
         for spec, plan in plans:
             starts.append(factorize(stacked_weight(model, spec.names), plan, ksvd, on_sweep=advance))
-    return attach(model, plans, starts)
+    return starts
 
 
-def attach(
-    model: nn.Module, plans: list[tuple[StackSpec, LayerPlan]], starts: Sequence[Factorization]
-) -> list[FactorizedStack]:
+def attach(model: nn.Module, plans: Sequence[Planned], starts: Sequence[Factorization]) -> list[FactorizedStack]:
     """Put known factorizations into ``model`` in place of its linear layers."""
     stacks = []
     for (spec, plan), start in zip(plans, starts, strict=True):
         stack = FactorizedStack(spec.names, plan, start)
         offset = 0
         for name in spec.names:
-            parent, _, child = name.rpartition(".")
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            setattr(model.get_submodule(parent), child, FactorizedLinear(linear, stack, offset))
+            linear = linear_layer(model, name)
+            replace_layer(model, name, FactorizedLinear(linear, stack, offset))
             offset += linear.out_features
         stacks.append(stack)
     model.factorized_stacks = nn.ModuleList(stacks)
@@ -257,18 +201,3 @@ def code_model(model: nn.Module, *, afresh: bool = True) -> float:
 def stacks_of(model: nn.Module) -> list[FactorizedStack]:
     """The stacks of a factorized model; empty for a dense one."""
     return list(getattr(model, "factorized_stacks", ()))
-
-
-@torch.no_grad()
-def materialize(model: nn.Module) -> nn.Module:
-    """Turn a factorized model back into plain linear layers that hold S·D, in place; for saving and export."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FactorizedLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight = nn.Parameter(module.effective_weight().detach().clone())
-            linear.bias = module.bias
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
-    if stacks_of(model):
-        del model.factorized_stacks
-    return model

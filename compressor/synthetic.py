@@ -18,7 +18,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from compressor.config import CompressionConfig, ConfigError, LayerPlan
 from compressor.export import Factors, Storage, export
 from compressor.ksvd import Factorization
-from compressor.stf import attach, head_size, materialize, plan_model
+from compressor.layers import head_size, materialize
+from compressor.stf import attach, plan_model
 from kernels.banks import bank_atoms
 
 # name: (layers, hidden size, heads, intermediate size)

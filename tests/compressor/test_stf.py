@@ -7,17 +7,9 @@ from torch import nn
 from transformers import BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
 
 from compressor.config import CompressionConfig, ConfigError, KSVDConfig
+from compressor.layers import find_stacks, materialize, stacked_weight
 from compressor.omp import blocks, dense_codes
-from compressor.stf import (
-    FactorizedLinear,
-    code_model,
-    factorize_model,
-    find_stacks,
-    materialize,
-    plan_model,
-    stacked_weight,
-    stacks_of,
-)
+from compressor.stf import FactorizedLinear, code_model, factorize_model, plan_model, stacks_of
 
 CONFIG = CompressionConfig(gamma=0.4, delta=0.375, block_size=8)
 
