@@ -13,7 +13,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from compressor.config import CLASSIFY_LENGTH, QA_LENGTH, CompressionConfig, ConfigError, KSVDConfig, TrainConfig
+from compressor.config import (
+    CLASSIFY_LENGTH,
+    QA_LENGTH,
+    CompressionConfig,
+    ConfigError,
+    KSVDConfig,
+    MethodOptions,
+    TrainConfig,
+)
 from compressor.data import DataError
 from compressor.files import SaveError
 from compressor.progress import console
@@ -56,6 +64,24 @@ Update = Annotated[
 ScheduleName = Annotated[
     Literal["ft-f-stf", "ft-f-ft"], typer.Option(help="STF, or plain fine-tuning on frozen supports.")
 ]
+MethodName = Annotated[
+    Literal["ds", "svd", "fwsvd", "drone", "nm"],
+    typer.Option(
+        help="DSFormer, low rank (plain, weighted by Fisher information, by the layers' inputs), N:M sparsity."
+    ),
+]
+MethodSchedule = Annotated[
+    Literal["ft-f-stf", "ft-f-ft", "sr-ste"] | None,
+    typer.Option(
+        help="How the factorized model is trained: ft-f-stf (default of ds), fixed structure (of all others), or "
+        "sr-ste, which moves the mask of nm."
+    ),
+]
+MethodPreset = Annotated[str | None, typer.Option(help="2x, 2.8x or 3.57x (2.8x if no --ratio is given; not for nm).")]
+Ratio = Annotated[float | None, typer.Option(help="Target by eq. 11 instead of the preset's; not for ds.")]
+Pattern = Annotated[str, typer.Option(help="nm: weights that stay, of how many neighbours.")]
+SparseDecay = Annotated[float, typer.Option(help="nm with sr-ste: pull of masked weights to zero.")]
+CalibrationRows = Annotated[int, typer.Option(help="fwsvd, drone: training rows to look at before factorizing.")]
 Epochs = Annotated[
     float | None, typer.Option(help="Passes over the training data; if not given 2, or more to make 100 steps.")
 ]
@@ -153,14 +179,19 @@ def compress(
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
     rows: Rows = None,
-    preset: Preset = "2.8x",
+    method: MethodName = "ds",
+    preset: MethodPreset = None,
+    ratio: Ratio = None,
     gamma: Gamma = None,
     delta: Delta = None,
     block_size: BlockSize = 0,
     limit_banks: LimitBanks = True,
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
-    schedule: ScheduleName = "ft-f-stf",
+    pattern: Pattern = MethodOptions.pattern,
+    sparse_decay: SparseDecay = MethodOptions.sparse_decay,
+    calibration_rows: CalibrationRows = MethodOptions.calibration_rows,
+    schedule: MethodSchedule = None,
     epochs: Epochs = None,
     steps: Steps = 0,
     batch_size: Batch = 32,
@@ -177,9 +208,24 @@ def compress(
     evaluate_every: EvaluateEvery = 0,
     resume: Resume = False,
 ) -> None:
-    """Factorize a fine-tuned checkpoint by K-SVD and train through the factorization; or train a compressed one on."""
+    """Factorize a fine-tuned checkpoint and train through the factorization; or train a compressed one on."""
     from compressor import pipeline
+    from compressor.methods import find_method
 
+    options = MethodOptions(
+        preset=preset,
+        ratio=ratio,
+        gamma=gamma,
+        delta=delta,
+        block_size=block_size,
+        limit_banks=limit_banks,
+        iterations=iterations,
+        dictionary_update=dictionary_update,
+        pattern=pattern,
+        sparse_decay=sparse_decay,
+        calibration_rows=calibration_rows,
+        seed=seed,
+    )
     config = TrainConfig(
         **_passes(epochs),
         max_steps=steps,
@@ -198,8 +244,7 @@ def compress(
     record = pipeline.compress(
         model,
         _data(task, data, train_file, validation_file, rows),
-        CompressionConfig(preset, gamma, delta, block_size, limit_banks),
-        KSVDConfig(iterations, dictionary_update, seed),
+        find_method(method).from_options(options),
         config,
         output,
         schedule=schedule,

@@ -1,26 +1,29 @@
 """Models on disk: Hugging Face folders, with the factors beside the weights where there are any.
 
-A compressed checkpoint is an ordinary folder whose weights are already S·D, so any tool can load it; the factors
-themselves lie in ``factors.safetensors`` and what was done in ``training.json``.
+A compressed checkpoint is an ordinary folder whose weights are already multiplied out, so any tool can load it; the
+factors themselves lie in ``factors.safetensors`` and what was done in ``training.json``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
 from compressor.config import ConfigError
-from compressor.export import Factors
+from compressor.factors import WeightFactors
 from compressor.files import replace_file, replaced_folder
-from compressor.stf import materialize, stacks_of
+from compressor.layers import materialize
+from compressor.methods import Method, find_method
 from compressor.tasks import Task
 
 FACTORS = "factors.safetensors"
@@ -46,11 +49,15 @@ class Record:
 
 @dataclass
 class Checkpoint:
-    """A loaded folder: dense effective weights, its tokenizer, and the factors and record if it has them."""
+    """A loaded folder: dense effective weights, its tokenizer, and the factors and record if it has them.
+
+    ``method``: the name of the one that the factors are of; None where there are none.
+    """
 
     model: Any
     tokenizer: Any
-    factors: list[Factors]
+    method: str | None
+    factors: list[WeightFactors]
     record: Record | None
 
 
@@ -83,23 +90,24 @@ def load(source: str, task: Task) -> Checkpoint:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ConfigError(f"the checkpoint {source!r} is broken: {name} has entries that are not finite")
     folder = Path(source)
-    return Checkpoint(model, tokenizer, load_factors(folder), load_record(folder))
+    return Checkpoint(model, tokenizer, *load_factors(folder), load_record(folder))
 
 
-def save(target: Path, model: Any, tokenizer: Any, record: Record) -> None:
-    """Write a checkpoint folder; a factorized model is turned into plain layers that hold S·D (in place)."""
-    tensors, names = {}, []
-    for i, stack in enumerate(stacks_of(model)):
-        names.append(list(stack.names))
-        tensors[f"{i}.dictionary"] = stack.dictionary.detach().contiguous().cpu()
-        tensors[f"{i}.indices"] = stack.indices.to(torch.int32).contiguous().cpu()
-        tensors[f"{i}.values"] = stack.values.detach().contiguous().cpu()
+def save(target: Path, model: Any, tokenizer: Any, record: Record, method: Method | None = None) -> None:
+    """Write a checkpoint folder; ``method``'s layers become plain ones that hold effective weights (in place)."""
+    factors = method.collect(model) if method else []
+    members = json.dumps([factor.members for factor in factors])
+    tensors = {
+        f"{i}.{name}": np.ascontiguousarray(tensor)
+        for i, factor in enumerate(factors)
+        for name, tensor in factor.tensors().items()
+    }
     materialize(model)
     with replaced_folder(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if tensors:
-            save_file(tensors, str(folder / FACTORS), metadata={"members": json.dumps(names)})
+        if method:
+            save_file(tensors, str(folder / FACTORS), metadata={"members": members, "method": method.name})
         save_record(folder, record)
 
 
@@ -108,19 +116,22 @@ def save_record(folder: Path, record: Record) -> None:
     replace_file(folder / RECORD, (json.dumps(asdict(record), indent=2) + "\n").encode())
 
 
-def load_factors(folder: Path) -> list[Factors]:
-    """The factors of a compressed checkpoint; empty for a dense one."""
+def load_factors(folder: Path) -> tuple[str | None, list[WeightFactors]]:
+    """The method of a compressed checkpoint and its factors; None and nothing for a dense one."""
     path = folder / FACTORS
     if not path.is_file():
-        return []
+        return None, []
     try:
         with safe_open(str(path), "np") as file:
-            return [
-                Factors(
-                    tuple(members), *(file.get_tensor(f"{i}.{part}") for part in ("dictionary", "indices", "values"))
-                )
-                for i, members in enumerate(json.loads(file.metadata()["members"]))
-            ]
+            about = file.metadata()
+            method = about.get("method", "ds")  # files of before there were others do not name it
+            parts: dict[int, dict[str, Any]] = defaultdict(dict)
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                number, _, part = name.partition(".")
+                parts[int(number)][part] = file.get_tensor(name)
+            kind = find_method(method).factors_type
+            members = enumerate(json.loads(about["members"]))
+            return method, [kind.from_tensors(names, parts[i]) for i, names in members]
     except Exception as error:
         raise ConfigError(f"{path} is broken: {_first_line(error)}; compress the model again") from error
 

@@ -7,7 +7,7 @@ each block becomes K = γ·M atoms and S = δ·B nonzeros a row (section 4.1 of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Literal
 
@@ -20,7 +20,7 @@ QA_STRIDE = 128
 
 ROLES = ("qkv", "attention_output", "ffn1", "ffn2")
 Role = Literal["qkv", "attention_output", "ffn1", "ffn2"]
-Schedule = Literal["ft-f-stf", "ft-f-ft"]
+Schedule = Literal["ft-f-stf", "ft-f-ft", "sr-ste"]
 
 
 class ConfigError(ValueError):
@@ -141,6 +141,47 @@ def compression_ratio(plans: list[LayerPlan]) -> float:
     dense = sum(plan.out_features * plan.in_features for plan in plans)
     compressed = sum(plan.out_features * plan.in_features * plan.inverse_ratio for plan in plans)
     return dense / compressed
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What was asked of a compression method; a field at its default was not asked for.
+
+    ``preset`` or ``ratio`` (the target by eq. 11) set the size. ``gamma`` to ``dictionary_update`` are of ``ds``,
+    ``pattern`` ("2:4") and ``sparse_decay`` of ``nm``, ``calibration_rows`` of ``fwsvd`` and ``drone``.
+    """
+
+    preset: str | None = None
+    ratio: float | None = None
+    gamma: float | None = None
+    delta: float | None = None
+    block_size: int = 0
+    limit_banks: bool = True
+    iterations: int = 50
+    dictionary_update: Literal["auto", "mod", "ksvd"] = "mod"
+    pattern: str = "2:4"
+    sparse_decay: float = 2e-4
+    calibration_rows: int = 256
+    seed: int = 0
+
+    def require_only(self, method: str, *names: str) -> None:
+        """Raise :class:`ConfigError` for what was asked for and is none of ``names``: it would be ignored."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in (*names, "seed"):
+                flag, known = field.name.replace("_", "-"), ", ".join(f"--{name.replace('_', '-')}" for name in names)
+                raise ConfigError(f"--{flag} {value} means nothing to --method {method}; its options are {known}")
+
+    def target_ratio(self) -> float:
+        """The ratio by eq. 11 that was asked for; a preset's is the number in its name."""
+        if self.ratio is not None and self.preset is not None:
+            raise ConfigError(f"--preset {self.preset} and --ratio {self.ratio} both set the size; give one of them")
+        if self.ratio is not None:
+            if not (math.isfinite(self.ratio) and self.ratio > 1):
+                raise ConfigError(f"--ratio must be greater than 1, got {self.ratio}")
+            return self.ratio
+        name = CompressionConfig(self.preset or CompressionConfig.preset).preset
+        return float(name.removesuffix("x"))
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ def evaluate_folder(
 ) -> dict[str, float]:
     """Metrics, in points, of an exported model folder. threads: ONNX Runtime's; 0 is one a physical core."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    factorized = config["dsformer"]["variant"] != "dense"
-    session = open_session(folder / "model.onnx", threads, custom_ops=factorized)
+    custom_ops = config["dsformer"]["variant"] == "dsformer"
+    session = open_session(folder / "model.onnx", threads, custom_ops)
     names = [node.name for node in session.get_inputs()]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=PlainTokenizer.from_file(str(folder / "tokenizer.json")), model_input_names=names

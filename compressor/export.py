@@ -18,8 +18,8 @@ import tokenizers
 import torch
 from numpy.typing import NDArray
 
-from compressor.config import LayerPlan, compression_ratio
 from compressor.data import ClassifyExample, Example, QAExample, Tokenizer
+from compressor.factors import WeightFactors, ratio
 from compressor.files import replaced_folder
 from compressor.graph import (
     TO_INTEGERS,
@@ -28,7 +28,6 @@ from compressor.graph import (
     ModelProto,
     Storage,
     fuse,
-    put_factors,
     store_float16,
     tidy,
     trace,
@@ -81,7 +80,7 @@ _CHECK_EXAMPLES: dict[str, list[Example]] = {
 def export(
     model: Any,
     tokenizer: Tokenizer,
-    factors: Mapping[str, Factors] | None,
+    factors: Mapping[str, WeightFactors] | None,
     output: Path,
     *,
     config_entry: Mapping[str, Any],
@@ -92,7 +91,8 @@ def export(
     """Write the model folder `output` and return its sizes (see `sizes`).
 
     model: a transformers model for sequence classification or question answering of the BERT family, its
-    weights dense, those of factorized layers multiplied out; it is not changed. config_entry: the "dsformer"
+    weights dense, those of compressed layers multiplied out; it is not changed. factors: by their first member, of
+    any method. config_entry: the "dsformer"
     entry of config.json without precision, format_version and sha256, which are added; its `task` says
     classify or qa. check_texts: examples on which the folder is compared with the model (a few built-in
     sentences by default). card: written as card.json, with the sizes as its "sizes".
@@ -100,6 +100,7 @@ def export(
     """
     kind = config_entry["task"]
     matrices = list((factors or {}).values())
+    custom_ops = any(factor.custom_op for factor in matrices)
     model = copy.deepcopy(model).cpu().float().eval()
     model.set_attn_implementation("eager")  # the form of attention that the optimizer recognizes
     examples = list(check_texts) or _CHECK_EXAMPLES[kind]
@@ -110,7 +111,7 @@ def export(
     content = graph.SerializeToString()
     entry = {
         **config_entry,
-        "precision": storage if matrices or storage not in TO_INTEGERS else "float16",
+        "precision": storage if custom_ops or storage not in TO_INTEGERS else "float16",
         "format_version": FORMAT_VERSION,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -121,30 +122,20 @@ def export(
         _save_json(folder / "config.json", {**_config(model, kind, limit), "dsformer": entry})
         _save_json(folder / "card.json", {**(card or {}), "sizes": measured})
         _check_tokenizer(folder, batch, examples, limit)
-        _check_outputs(folder, model, batch, kind, storage, custom_ops=bool(matrices))
+        _check_outputs(folder, model, batch, kind, storage, custom_ops)
     return measured
 
 
-def sizes(factors: Sequence[Factors], storage: Storage, file_bytes: int) -> dict[str, Any]:
+def sizes(factors: Sequence[WeightFactors], storage: Storage, file_bytes: int) -> dict[str, Any]:
     """The three sizes of a compressed model, and what the factorized matrices take as dense float32.
 
     compression_ratio: by the paper's eq. 11 over the factorized matrices, averaged by parameters; 1 without any.
     factorized_bytes: of the same matrices as stored, indices included. file_bytes: of model.onnx.
     """
-    plans = [
-        LayerPlan(
-            out_features=factor.out_features,
-            in_features=factor.in_features,
-            block_size=factor.dictionary.shape[2],
-            n_atoms=factor.dictionary.shape[1],
-            n_nonzero=factor.indices.shape[2],
-        )
-        for factor in factors
-    ]
     return {
-        "compression_ratio": round(compression_ratio(plans), 4) if plans else 1.0,
+        "compression_ratio": round(ratio(factors), 4),
         "factorized_bytes": sum(tensor.nbytes for factor in factors for tensor in factor.stored(storage).values()),
-        "factorized_float32_bytes": sum(4 * plan.out_features * plan.in_features for plan in plans),
+        "factorized_float32_bytes": sum(4 * factor.n_weights for factor in factors),
         "file_bytes": file_bytes,
     }
 
@@ -161,7 +152,7 @@ def usable_positions(model: Any) -> int:
 
 
 def _build_graph(
-    model: Any, batch: Mapping[str, torch.Tensor], kind: str, factors: Sequence[Factors], storage: Storage
+    model: Any, batch: Mapping[str, torch.Tensor], kind: str, factors: Sequence[WeightFactors], storage: Storage
 ) -> ModelProto:
     config = model.config
     try:
@@ -176,8 +167,8 @@ def _build_graph(
         hidden_size=config.hidden_size,
         gelu=activation == "gelu",
     )
-    if factors:
-        put_factors(graph, factors, storage)
+    for form in dict.fromkeys(type(factor) for factor in factors):
+        form.put(graph, [factor for factor in factors if type(factor) is form], storage)
     if storage != "float32":
         store_float16(graph)
     tidy(graph)

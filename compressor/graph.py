@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import onnx
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from compressor.config import LayerPlan
 from kernels.integers import to_int8, to_int16
 from kernels.onnx_op import ATTENTION_OP_TYPE, DOMAIN, INPUT_NAMES, MAX_HEAD_WIDTH, OP_TYPE, SINCE_VERSION, index_dtype
 
@@ -55,6 +56,8 @@ class Factors:
     or a single one. dictionary (N/B, K, B) float32; indices (N/B, M, S) int, values (N/B, M, S) float32.
     """
 
+    custom_op: ClassVar[bool] = True
+
     members: tuple[str, ...]
     dictionary: NDArray[np.float32]
     indices: NDArray[np.integer]
@@ -85,6 +88,30 @@ class Factors:
     def in_features(self) -> int:
         """N"""
         return int(self.dictionary.shape[0] * self.dictionary.shape[2])
+
+    @property
+    def n_weights(self) -> int:
+        """M·N"""
+        return self.out_features * self.in_features
+
+    @property
+    def bits(self) -> float:
+        """By eq. 11: float32 numbers, and indices at their information content."""
+        _, n_atoms, block_size = self.dictionary.shape
+        plan = LayerPlan(self.out_features, self.in_features, block_size, n_atoms, self.indices.shape[2])
+        return 32 * self.n_weights * plan.inverse_ratio
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """What a checkpoint keeps."""
+        return {"dictionary": self.dictionary, "indices": self.indices.astype(np.int32), "values": self.values}
+
+    @classmethod
+    def from_tensors(cls, members: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> "Factors":
+        return cls(tuple(members), tensors["dictionary"], tensors["indices"], tensors["values"])
+
+    @staticmethod
+    def put(model: ModelProto, factors: Sequence["Factors"], storage: Storage) -> None:
+        put_factors(model, factors, storage)
 
     def stored(self, storage: Storage) -> dict[str, NDArray[Any]]:
         """The tensors as DSLinear takes them, by the names of its inputs."""
@@ -229,6 +256,28 @@ def put_factors(model: ModelProto, factors: Sequence[Factors], storage: Storage)
     graph.initializer.append(numpy_helper.from_array(np.zeros(0, np.float32), _NOTHING))
     _replace_nodes(graph, fresh, gone)
     model.opset_import.append(helper.make_opsetid(DOMAIN, SINCE_VERSION))
+
+
+def put_chains(model: ModelProto, chains: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> None:
+    """Replace, in place, the MatMul of each named layer by MatMuls with these matrices, one after another.
+
+    chains: by module name, the matrices by theirs: (in_features, r), …, (r, out_features).
+    """
+    graph = model.graph
+    matmuls = {_module_name(node): node for node in graph.node if node.op_type == "MatMul"}
+    fresh: dict[str, list[NodeProto]] = {}
+    for layer, matrices in chains.items():
+        matmul = _member(matmuls, layer)
+        output = matmul.input[0]
+        nodes = []
+        for name, matrix in matrices.items():
+            source, output = output, f"{layer}.{name}.output"
+            _require_finite(f"{layer}.{name}", matrix)
+            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(matrix), f"{layer}.{name}"))
+            nodes.append(helper.make_node("MatMul", [source, f"{layer}.{name}"], [output], name=f"{layer}.{name}"))
+        nodes[-1].output[0] = matmul.output[0]
+        fresh[matmul.name] = nodes
+    _replace_nodes(graph, fresh, set(fresh))
 
 
 def _module_name(node: NodeProto) -> str:
@@ -407,6 +456,11 @@ def _set_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
 
 
 # --- 4. store -----------------------------------------------------------------------------------------------
+
+
+def as_stored(name: str, tensor: NDArray[np.float32], storage: Storage) -> NDArray[Any]:
+    """A MatMul's weight as `store_float16` leaves it."""
+    return _as_float(name, tensor, "float32" if storage == "float32" or tensor.size < _LARGE else "float16")
 
 
 def store_float16(model: ModelProto) -> None:

@@ -1,7 +1,7 @@
 """The stages of a compression and what they hand to each other: folders, so that a killed run goes on from the last.
 
 finetune   model → dense checkpoint                 (FT)
-compress   dense checkpoint → factorized checkpoint (K-SVD, then STF or frozen supports)
+compress   dense checkpoint → compressed checkpoint (one of methods.py: factorize, then train)
 export     checkpoint → model folder for the service
 run        all of them, and the measured card
 """
@@ -25,29 +25,26 @@ import torch
 
 import kernels
 from compressor import checkpoint
-from compressor.checkpoint import Record
-from compressor.config import (
-    CompressionConfig,
-    ConfigError,
-    KSVDConfig,
-    LayerPlan,
-    Schedule,
-    TrainConfig,
-    compression_ratio,
-)
+from compressor.calibration import Calibration
+from compressor.checkpoint import Checkpoint, Record
+from compressor.config import CompressionConfig, ConfigError, KSVDConfig, Schedule, TrainConfig
 from compressor.data import Example, Feature, classify_features, complete_task, data_files, load_examples, qa_features
+from compressor.dense_sparse import DenseSparse
 from compressor.evaluate import evaluate_folder, evaluate_model
 from compressor.export import Storage, export
 from compressor.files import replace_file
-from compressor.graph import Factors
-from compressor.ksvd import Factorization, factorize, relative_error, svd_error
+from compressor.ksvd import factorize, relative_error, svd_error
+from compressor.layers import StackSpec, head_size, stacked_weight
+from compressor.methods import Method, dense_weights, find_schedule, relative_errors
 from compressor.progress import progress
-from compressor.stf import StackSpec, attach, factorize_model, head_size, plan_model, stacked_weight
+from compressor.stf import plan_model
 from compressor.tasks import Task, find_task
 from compressor.train import train
 
 log = logging.getLogger(__name__)
 
+# How the service calls models: as their methods, but for two.
+_VARIANTS = {None: "dense", "ds": "dsformer"}
 # Share of a user's only file that is held out to measure on.
 _HELD_OUT = 0.2
 
@@ -148,61 +145,50 @@ def finetune(
 def compress(
     source: str,
     data: Data,
-    compression: CompressionConfig,
-    ksvd: KSVDConfig,
+    method: Method,
     config: TrainConfig,
     output: Path,
     *,
-    schedule: Schedule = "ft-f-stf",
+    schedule: Schedule | None = None,
     teacher: str | None = None,
     resume: bool = False,
     measure: bool = True,
 ) -> Record:
-    """Factorize the fine-tuned checkpoint ``source`` and train through the factorization into ``output``.
+    """Factorize the fine-tuned checkpoint ``source`` by ``method`` and train what comes of it into ``output``.
 
-    A checkpoint that is factorized already is trained further from its own factors. ``teacher``: the checkpoint to
-    learn from besides the task; by default the dense ``source`` as it was.
+    A checkpoint that is factorized already is trained further from its own factors. ``schedule``: one of the method's,
+    by default its first. ``teacher``: the checkpoint to learn from besides the task; by default the dense ``source``
+    as it was.
     """
     task = data.resolve()
+    schedule = find_schedule(method, schedule)
     loaded = checkpoint.load(source, task)
-    taught = bool(config.distill_weight or config.hidden_weight)
-    if loaded.factors and taught and not teacher:
-        raise ConfigError(
-            f"{source} is factorized already, and cannot be its own teacher; to train it further give the dense "
-            f"checkpoint as --teacher, or say --no-distill"
-        )
+    _require_startable(source, loaded, method, config, teacher)
     training, validation = data.examples(task, config.seed)
-    model = loaded.model.to(_device())
-    planned = plan_model(model, compression)
-    guide = None
-    if taught:
-        guide = checkpoint.load(teacher, task).model.to(_device()) if teacher else copy.deepcopy(model)
-        guide.eval().requires_grad_(False)
-        _require_alike(guide, model, config)
+    features = features_of(training, loaded.tokenizer, task, config)
+    model, pad_id = loaded.model.to(_device()), loaded.tokenizer.pad_token_id
+    plan = method.plan(model)
+    guide = _teacher(model, teacher, task, config)
     before = loaded.record if loaded.factors else None
-    if loaded.factors:
-        stacks = attach(model, planned, _known_factors(source, loaded.factors, planned))
-        errors = (before.compression or {}).get("ksvd_relative_error") if before else None
-    else:
-        stacks = factorize_model(model, compression, ksvd)
-        errors = {
-            stack.names[0]: round(relative_error(stacked_weight(model, stack.names), stack.dense()), 4)
-            for stack in stacks
-        }
-    if schedule == "ft-f-ft":
-        for stack in stacks:
-            stack.freeze_supports()
+    calibration = Calibration(features, task, pad_id, config.batch_size, config.seed)
+    factors = loaded.factors or method.factorize(model, plan, calibration)
+    weights = dense_weights(model, factors)
+    method.attach(model, plan, factors, schedule)
+    errors = _errors_of(before) if before else relative_errors(model, factors, weights)
+    del weights, factors
     result = train(
         model,
-        features_of(training, loaded.tokenizer, task, config),
+        features,
         task,
         config,
-        pad_id=loaded.tokenizer.pad_token_id,
+        pad_id=pad_id,
         checkpoint=_beside(output, "training.pt"),
         teacher=guide,
         score=_headline(model, loaded.tokenizer, task, validation),
         resume=resume,
         title=f"{schedule} on {task.name}",
+        # Of ds nothing: its sizes are those of its tensors, and tell a run's state from another's.
+        subject=None if method.name == "ds" else {"method": repr(method), "schedule": schedule},
     )
     steps_before = int(before.extra.get("steps") or 0) if before else 0
     record = Record(
@@ -212,15 +198,7 @@ def compress(
         seed=config.seed,
         minutes=round(result.minutes + (before.minutes if before else 0), 1),
         train=asdict(config),
-        compression={
-            "preset": compression.name,
-            "gamma": {spec.role: plan.n_atoms / plan.out_features for spec, plan in planned},
-            "delta": compression.delta_value(),
-            "block_size": planned[0][1].block_size,
-            "ratio_eq11": round(compression_ratio([plan for _, plan in planned]), 4),
-            "ksvd": asdict(ksvd),
-            "ksvd_relative_error": errors,
-        },
+        compression={"method": method.name, **method.describe(plan, errors)},
         teacher_metrics=loaded.record.metrics if loaded.record else None,
         versions=versions(),
         extra={
@@ -231,7 +209,45 @@ def compress(
             "support_flip_share": round(result.support_flip_share, 5),
         },
     )
-    return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record)
+    return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record, method)
+
+
+def _require_startable(
+    source: str, loaded: Checkpoint, method: Method, config: TrainConfig, teacher: str | None
+) -> None:
+    """A dense checkpoint is; a factorized one by the same method, with another one to teach it."""
+    if not loaded.factors:
+        return
+    if loaded.method != method.name:
+        raise ConfigError(
+            f"{source} is compressed by {loaded.method} already; say --method {loaded.method} to train it further, or "
+            f"give the dense checkpoint to compress it by {method.name}"
+        )
+    if _is_taught(config) and not teacher:
+        raise ConfigError(
+            f"{source} is factorized already, and cannot be its own teacher; to train it further give the dense "
+            f"checkpoint as --teacher, or say --no-distill"
+        )
+
+
+def _is_taught(config: TrainConfig) -> bool:
+    return bool(config.distill_weight or config.hidden_weight)
+
+
+def _teacher(model: Any, teacher: str | None, task: Task, config: TrainConfig) -> Any:
+    """What the model learns from besides the task: the checkpoint ``teacher`` or a copy of itself; perhaps nothing."""
+    if not _is_taught(config):
+        return None
+    guide = checkpoint.load(teacher, task).model.to(_device()) if teacher else copy.deepcopy(model)
+    guide.eval().requires_grad_(False)
+    _require_alike(guide, model, config)
+    return guide
+
+
+def _errors_of(record: Record) -> dict[str, float] | None:
+    """The factorization's errors that a record holds, whatever they are called there."""
+    held = record.compression or {}
+    return held.get("ksvd_relative_error") or held.get("relative_error")
 
 
 def _require_alike(teacher: Any, model: Any, config: TrainConfig) -> None:
@@ -246,44 +262,25 @@ def _require_alike(teacher: Any, model: Any, config: TrainConfig) -> None:
             )
 
 
-def _known_factors(
-    source: str, factors: Sequence[Factors], planned: Sequence[tuple[StackSpec, LayerPlan]]
-) -> list[Factorization]:
-    """The factors of a checkpoint as a start, in the plan's order."""
-    by_name = {factor.members: factor for factor in factors}
-    starts = []
-    for spec, plan in planned:
-        factor = by_name.get(tuple(spec.names))
-        wanted = (plan.n_blocks, plan.n_atoms, plan.block_size, plan.n_nonzero)
-        found = (*factor.dictionary.shape, factor.indices.shape[2]) if factor else None
-        if factor is None or found != wanted:
-            raise ConfigError(
-                f"{source}: {spec.names[0]} has blocks, K, B, S of {found}, but the preset wants {wanted}; "
-                f"give the preset or the gamma, delta and block size that it was compressed with"
-            )
-        starts.append(
-            Factorization(
-                torch.from_numpy(factor.dictionary),
-                torch.from_numpy(factor.indices).long(),
-                torch.from_numpy(factor.values),
-            )
-        )
-    return starts
-
-
 def _headline(model: Any, tokenizer: Any, task: Task, validation: Sequence[Example]) -> Callable[[], float]:
     """What weights are chosen by: the task's first metric over the validation set, of the model as it is then."""
     return lambda: evaluate_model(model, tokenizer, task, validation, show=False)[task.metric_names[0]]
 
 
 def _finish(
-    output: Path, model: Any, tokenizer: Any, task: Task, validation: Sequence[Example], record: Record
+    output: Path,
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    validation: Sequence[Example],
+    record: Record,
+    method: Method | None = None,
 ) -> Record:
     """Save a trained model's folder, measure it (on no examples: not at all), and drop the training state.
 
     Saved before it is measured, so that whoever stops the measuring has the model all the same.
     """
-    checkpoint.save(output, model, tokenizer, record)
+    checkpoint.save(output, model, tokenizer, record, method)
     if validation:
         record.metrics = evaluate_model(model, tokenizer, task, validation)
         checkpoint.save_record(output, record)
@@ -317,7 +314,7 @@ def export_checkpoint(
     compression = record.compression or {}
     entry = {
         "task": task.kind,
-        "variant": "dsformer" if loaded.factors else "dense",
+        "variant": _VARIANTS.get(loaded.method, loaded.method),
         "preset": compression.get("preset"),
         "gamma": compression.get("gamma"),
         "delta": compression.get("delta"),
@@ -382,8 +379,7 @@ def run(
         compress(
             str(dense_folder),
             data,
-            compression,
-            ksvd,
+            DenseSparse(compression, ksvd),
             sparse,
             compressed_folder,
             schedule=schedule,

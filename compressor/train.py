@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,18 @@ def train(
     score: Callable[[], float] | None = None,
     resume: bool = False,
     title: str = "training",
+    subject: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place on ``features`` and leave the checkpoint file behind.
 
     With factorized stacks in the model this is STF (or frozen-support training, if the stacks are frozen). With a
     ``teacher`` the loss is the usual mix of the task's and the teacher's soft targets. ``score`` measures ``model`` as
     it is, more being better; with ``config.evaluate_every`` it is called after so many steps and after the last.
+    ``subject``: plain values that say what is trained, where ``config`` does not; a checkpoint of another is refused.
     """
     if not features:
         raise TrainingError("there is nothing to train on: no example gave a usable feature")
-    loop = _Loop(model, features, task, config, pad_id, teacher, score)
+    loop = _Loop(model, features, task, config, pad_id, teacher, score, subject)
     if resume and checkpoint.exists():
         loop.load(checkpoint)
     saved = time.monotonic()
@@ -100,9 +102,10 @@ class _Loop:
         pad_id: int,
         teacher: Any,
         score: Callable[[], float] | None = None,
+        subject: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.features, self.task, self.config = model, features, task, config
-        self.pad_id, self.teacher, self.score = pad_id, teacher, score
+        self.pad_id, self.teacher, self.score, self.subject = pad_id, teacher, score, dict(subject or {})
         self.device = next(model.parameters()).device
         self.stacks = stacks_of(model)
         self.frozen = any(stack.frozen for stack in self.stacks)
@@ -237,7 +240,8 @@ class _Loop:
 
     def _fingerprint(self) -> dict[str, Any]:
         settings = asdict(replace(self.config, checkpoint_seconds=1.0))
-        return {**settings, "task": self.task.name, "features": len(self.features), "steps": self.total_steps}
+        rows = {"task": self.task.name, "features": len(self.features), "steps": self.total_steps}
+        return {**settings, **rows, **self.subject}
 
 
 def task_loss(outputs: Any, batch: dict[str, Tensor], task: Task) -> Tensor:

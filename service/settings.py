@@ -23,7 +23,8 @@ FOREIGN = frozenset({"DSFORMER_ISA"})
 CGROUP = Path("/sys/fs/cgroup")
 
 Truncation = Literal["error", "right", "left"]
-Variant = Literal["dense", "dsformer"]
+# The last four: what other methods of the compressor made, in ONNX Runtime's own operators like the dense model.
+Variant = Literal["dense", "dsformer", "svd", "fwsvd", "drone", "nm"]
 Options = TypeVar("Options", bound=BaseSettings)
 
 

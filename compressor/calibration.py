@@ -1,0 +1,130 @@
+"""What the training data says about the weights: the inputs they meet, and how much the loss depends on them.
+
+Two statistics of each layer, both gathered by hooks while the dense model reads some training rows in batches:
+
+- the Gram matrix of its inputs, ``XXᵀ`` over all tokens that are not padding (DRONE);
+- the empirical Fisher information of its weights, the mean over rows of the squared gradient of the task's loss,
+  summed over each output row of W (FWSVD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.config import ConfigError
+from compressor.data import Feature, collate
+from compressor.layers import StackSpec
+from compressor.progress import progress
+from compressor.tasks import Task
+from compressor.train import LABELS, task_loss
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Training features that a method may look at; it draws as many as it needs."""
+
+    features: Sequence[Feature]
+    task: Task
+    pad_id: int
+    batch_size: int = 32
+    seed: int = 0
+
+    def batches(self, n_rows: int) -> list[dict[str, Tensor]]:
+        """``n_rows`` random rows (all, if there are fewer), those of like length together."""
+        if not self.features:
+            raise ConfigError("there is nothing to calibrate on: no training example gave a usable feature")
+        chosen = np.random.default_rng(self.seed).permutation(len(self.features))[:n_rows].tolist()
+        rows = sorted((self.features[i] for i in chosen), key=lambda row: len(row["input_ids"]))
+        starts = range(0, len(rows), self.batch_size)
+        return [collate(rows[start : start + self.batch_size], self.pad_id) for start in starts]
+
+
+@torch.no_grad()
+def input_grams(model: Any, specs: Sequence[StackSpec], calibration: Calibration, n_rows: int) -> dict[str, Tensor]:
+    """``XXᵀ`` (N, N) float64 of each layer's inputs, by module name; the layers of a stack share one tensor."""
+    grams: dict[str, Tensor] = {}
+    mask = torch.empty(0, dtype=torch.bool)
+
+    def add(name: str) -> Callable[..., None]:
+        def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            tokens = inputs[0][mask].double()  # (tokens, N)
+            gram = tokens.T @ tokens
+            grams[name] = grams[name] + gram if name in grams else gram
+
+        return hook
+
+    batches = calibration.batches(n_rows)
+    handles = [model.get_submodule(spec.names[0]).register_forward_pre_hook(add(spec.names[0])) for spec in specs]
+    with _measuring(model, handles), progress("inputs of the layers", total=len(batches)) as advance:
+        for batch in batches:
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in LABELS}
+            mask = inputs["attention_mask"].bool()
+            model(**inputs)
+            advance()
+    for name, gram in grams.items():
+        _require_finite(gram, f"the inputs of {name}")
+    return {name: grams[spec.names[0]] for spec in specs for name in spec.names}
+
+
+def fisher_rows(model: Any, names: Sequence[str], calibration: Calibration, n_rows: int) -> dict[str, Tensor]:
+    """``Σ_j E[(∂L/∂W_ij)²]`` (M,) float64 of each layer's weights, by module name; the mean is over rows of data.
+
+    A row's gradient is ``Σ_t δ_t x_tᵀ`` over its tokens, so the sum over j of its squares is ``δ_iᵀ(XᵀX)δ_i`` with the
+    tokens' Gram matrix: exact for each row of data, though a batch goes through the model at once.
+    """
+    totals: dict[str, Tensor] = {}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}  # inputs and their outputs' gradients
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+            output.register_hook(lambda gradient: calls[name].append((x, gradient)))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    batches = calibration.batches(n_rows)
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    with _measuring(model, handles), progress("Fisher information", total=len(batches)) as advance:
+        for batch in batches:
+            rows = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            inputs = {name: tensor for name, tensor in rows.items() if name not in LABELS}
+            loss = task_loss(model(**inputs), rows, calibration.task) * len(rows["input_ids"])  # a sum, not a mean
+            loss.backward()  # type: ignore[no-untyped-call]
+            model.zero_grad(set_to_none=True)
+            for name, pairs in calls.items():
+                # A layer that is called several times (ALBERT) has one gradient: its calls are further tokens.
+                x = torch.cat([x for x, _ in pairs], dim=1).double()  # (rows, tokens, N)
+                delta = torch.cat([gradient for _, gradient in pairs], dim=1).double()  # (rows, tokens, M)
+                squares = (delta * (x @ x.transpose(1, 2) @ delta)).sum(dim=(0, 1))
+                totals[name] = totals.get(name, torch.zeros_like(squares)) + squares
+                pairs.clear()
+            advance()
+    for name, total in totals.items():
+        _require_finite(total, f"the gradients of {name}")
+    n_seen = sum(len(batch["input_ids"]) for batch in batches)
+    return {name: total.clamp_min(0) / n_seen for name, total in totals.items()}  # rounding may go below zero
+
+
+@contextmanager
+def _measuring(model: Any, handles: Sequence[Any]) -> Iterator[None]:
+    """The model without dropout; afterwards as it was, and without the hooks."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+
+
+def _require_finite(statistic: Tensor, what: str) -> None:
+    if not torch.isfinite(statistic).all():
+        raise ConfigError(f"{what} are not finite on the calibration data; check the checkpoint and the data")
