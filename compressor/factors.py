@@ -130,12 +130,12 @@ class MaskedFactors:
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The indices packed to :func:`index_bits` each."""
         bits = np.unpackbits(self.indices[..., None], axis=-1)[..., 8 - index_bits(self.group) :]
-        group = np.array(self.group, dtype=np.int32)
+        group = np.array([self.group], dtype=np.int32)
         return {"values": self.values, "packed_indices": np.packbits(bits), "group": group}
 
     @classmethod
     def from_tensors(cls, members: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> MaskedFactors:
-        values, group = tensors["values"], int(tensors["group"])
+        values, group = tensors["values"], int(tensors["group"].item())
         width = index_bits(group)
         bits = np.unpackbits(tensors["packed_indices"], count=values.size * width).reshape(*values.shape, width)
         indices = np.packbits(np.pad(bits, [(0, 0)] * values.ndim + [(8 - width, 0)]), axis=-1)[..., 0]

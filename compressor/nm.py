@@ -45,10 +45,13 @@ _SAME_RATIO = 0.005
 @torch.no_grad()
 def largest_mask(weight: Tensor, kept: int, group: int) -> Tensor:
     """(M, N) bool: the ``kept`` largest magnitudes of each ``group`` neighbours in a row; of equals, the first."""
-    groups = weight.abs().reshape(len(weight), -1, group)
-    order = groups.argsort(dim=2, descending=True, stable=True)
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter(2, order[:, :, :kept], True)
-    return mask.reshape(weight.shape)
+    # Place by place, since SR-STE does this in every step: sorting the groups takes five times as long.
+    places = weight.abs().reshape(-1, group).T.contiguous()  # (group, groups)
+    larger = torch.zeros(places.shape, dtype=torch.uint8, device=weight.device)  # how many of its group come before it
+    for i, place in enumerate(places):
+        larger[:i] += place > places[:i]
+        larger[i + 1 :] += place >= places[i + 1 :]
+    return (larger < kept).T.reshape(weight.shape)
 
 
 class _SparseRefined(torch.autograd.Function):
