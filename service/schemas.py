@@ -75,7 +75,7 @@ class ClassifyParameters(Strict):
         description="Text longer than the model takes: refuse it (`error`), or keep its start (`right` is cut off) or "
         "its end (`left` is cut off). Null is the server's default, shown by /info.",
     )
-    variant: str | None = Field(default=None, description="`dense`, `dsformer` or another that is loaded; null: the default.")
+    variant: str | None = Field(default=None, description="`dense`, `dsformer` or other; null is the default.")
 
 
 class ClassifyRequest(Strict):
@@ -146,7 +146,7 @@ class QaParameters(Strict):
         default="codepoint",
         description="Unit of `start` and `end`: `codepoint` (Python), `utf16` (JavaScript, Java) or `byte` (UTF-8).",
     )
-    variant: str | None = Field(default=None, description="`dense`, `dsformer` or another that is loaded; null: the default.")
+    variant: str | None = Field(default=None, description="`dense`, `dsformer` or other; null is the default.")
 
 
 class QaRequest(Strict):
