@@ -58,9 +58,11 @@ def make_calibration(name: str, n_rows: int = 9) -> Calibration:
     return Calibration(features, task, 0, batch_size=4)
 
 
-@pytest.mark.parametrize("name", ["bert", "albert"])
+@pytest.mark.parametrize("name", ["bert", "qa", "albert"])
 def test_fisher_rows_are_those_of_single_rows(name: str) -> None:
     model, calibration = make_model(name), make_calibration(name)
+    if name == "qa":  # its loss is over all positions of a batch, padding included: only single rows are the same
+        calibration = replace(calibration, batch_size=1)
     names = linear_names(model)
     assert len(names) == (6 if name == "albert" else 12)
     found = fisher_rows(model, names, calibration, 100)

@@ -31,7 +31,9 @@ from compressor.data import ClassifyExample, QAExample
 from compressor.evaluate import evaluate_folder, evaluate_model
 from compressor.export import ExportError, Factors, export, usable_positions
 from compressor.export import sizes as export_sizes
-from compressor.graph import fuse, put_factors, trace
+from compressor.graph import fuse, put_chains, put_factors, trace
+from compressor.layers import materialize
+from compressor.lowrank import SVD
 from compressor.session import open_session
 from compressor.tasks import find_task
 
@@ -201,6 +203,32 @@ def test_an_int8_export_computes_nearly_what_pytorch_computes(name: str, tmp_pat
         assert np.abs(found - wanted).max() < 0.1 * wanted.std()
 
 
+@pytest.mark.parametrize("name", ["bert", "bert-relu", "bert-qa", "distilbert", "roberta", "electra"])
+def test_low_rank_chains_leave_every_other_operator_as_it_is(name: str, tmp_path: Path) -> None:
+    """Two MatMuls for each one, in standard operators alone; export itself holds them against PyTorch."""
+    model, method = make_model(name), SVD(2.0)
+    plan = method.plan(model)
+    factors = method.factorize(model, plan, None)  # type: ignore[arg-type] - it looks at no data
+    method.attach(model, plan, factors, "ft-f-ft")
+    kind = "qa" if name.endswith("-qa") else "classify"
+    counts = []
+    for folder, chains in (("chains", {factor.member: factor for factor in factors}), ("dense", None)):
+        sizes = export(
+            materialize(model),
+            make_tokenizer(),
+            chains,
+            tmp_path / folder,
+            config_entry=entry(kind, "svd"),
+            storage="float32",
+        )
+        counts.append(Counter(node.op_type for node in onnx.load(tmp_path / folder / "model.onnx").graph.node))
+        assert sizes["compression_ratio"] == (pytest.approx(2.0645, abs=1e-4) if chains else 1.0)
+    assert counts[0] - counts[1] == Counter({"MatMul": 12})
+    assert counts[1] - counts[0] == Counter()
+    assert counts[0]["MultiHeadAttention"] == 2
+    assert (tmp_path / "chains" / "model.onnx").stat().st_size < (tmp_path / "dense" / "model.onnx").stat().st_size
+
+
 def test_attention_that_is_not_ours_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressor.graph.MAX_HEAD_WIDTH", 4)
     model = make_model("bert")
@@ -360,6 +388,15 @@ def test_factors_that_do_not_fit_are_refused(traced: Any, change: dict[str, Any]
     graph = fuse(traced, n_layers=2, n_heads=4, hidden_size=32, gelu=True)
     with pytest.raises(ExportError, match=message):
         put_factors(graph, [replace(factors, **change)], storage)
+
+
+def test_chains_that_do_not_fit_are_refused(traced: Any) -> None:
+    graph = fuse(traced, n_layers=2, n_heads=4, hidden_size=32, gelu=True)
+    first = np.ones((32, 4), dtype=np.float32)
+    with pytest.raises(ExportError, match=r"no MatMul for the layer bert\.nowhere"):
+        put_chains(graph, {"bert.nowhere": {"first": first}})
+    with pytest.raises(ExportError, match=r"dense\.first holds values that are not finite"):
+        put_chains(graph, {FFN1: {"first": first * np.nan}})
 
 
 def test_factors_that_contradict_themselves_are_refused() -> None:

@@ -15,7 +15,8 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tiny import save_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -191,6 +192,20 @@ def test_a_compressed_checkpoint_is_trained_on(name: str, data: pipeline.Data, d
         pipeline.compress(str(tmp_path / "first"), data, make_method("ds"), CONFIG, tmp_path / "third", **options)
     with pytest.raises(ConfigError, match="cannot be its own teacher"):
         pipeline.compress(str(tmp_path / "first"), data, make_method(name), CONFIG, tmp_path / "third")
+
+
+def test_factors_of_before_there_were_methods_are_dsformer_s(data: pipeline.Data, dense: str, tmp_path: Path) -> None:
+    pipeline.compress(dense, data, make_method("ds"), CONFIG, tmp_path / "ds", measure=False)
+    file = tmp_path / "ds" / "factors.safetensors"
+    with safe_open(str(file), "np") as opened:
+        members = opened.metadata()["members"]
+    save_file(load_file(file), file, metadata={"members": members})
+    loaded = checkpoints.load(str(tmp_path / "ds"), data.resolve())
+    assert loaded.method == "ds"
+    assert len(loaded.factors) == 8
+    save_file(load_file(file), file, metadata={"members": members, "method": "tucker"})
+    with pytest.raises(ConfigError, match="is broken: unknown method 'tucker'"):
+        checkpoints.load(str(tmp_path / "ds"), data.resolve())
 
 
 # --- what data-aware methods gain on their data ---------------------------------------------------------------
