@@ -10,6 +10,8 @@ sr-ste    Zhou et al., "Learning N:M fine-grained structured sparse neural netwo
 
               grad W = g + λ·(1 − mask) ⊙ W
 
+          The paper trains by SGD; Adam, here as for every method, scales that pull together with the gradient.
+
 A group lies along ``in_features``, as sparse tensor cores want it. By eq. 11 the size is N/M·(1 + b/32) of the dense
 one, with b bits for a place in the group: 2:4 is 1.88x, and there is nothing to choose. Left out on purpose: ASP's
 search for a permutation of columns, and kernels that skip the zeros: the exported graph multiplies by the whole matrix.

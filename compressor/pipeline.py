@@ -164,17 +164,17 @@ def compress(
     schedule = find_schedule(method, schedule)
     loaded = checkpoint.load(source, task)
     _require_startable(source, loaded, method, config, teacher)
-    training, validation = data.examples(task, config.seed)
-    features = features_of(training, loaded.tokenizer, task, config)
     model, pad_id = loaded.model.to(_device()), loaded.tokenizer.pad_token_id
     plan = method.plan(model)
+    training, validation = data.examples(task, config.seed)
+    features = features_of(training, loaded.tokenizer, task, config)
     guide = _teacher(model, teacher, task, config)
     before = loaded.record if loaded.factors else None
     calibration = Calibration(features, task, pad_id, config.batch_size, config.seed)
     factors = loaded.factors or method.factorize(model, plan, calibration)
     weights = dense_weights(model, factors)
     method.attach(model, plan, factors, schedule)
-    errors = _errors_of(before) if before else relative_errors(model, factors, weights)
+    errors = _errors_of(before) if loaded.factors else relative_errors(model, factors, weights)
     del weights, factors
     result = train(
         model,
@@ -244,9 +244,9 @@ def _teacher(model: Any, teacher: str | None, task: Task, config: TrainConfig) -
     return guide
 
 
-def _errors_of(record: Record) -> dict[str, float] | None:
+def _errors_of(record: Record | None) -> dict[str, float] | None:
     """The factorization's errors that a record holds, whatever they are called there."""
-    held = record.compression or {}
+    held = (record.compression if record else None) or {}
     return held.get("ksvd_relative_error") or held.get("relative_error")
 
 

@@ -1,5 +1,7 @@
 """Masks keep the largest of each group, SR-STE's gradient is its formula, and the count holds the index bits."""
 
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,18 @@ def test_the_size_is_the_pattern_s(pattern: str, size: float) -> None:
         weight = model.get_submodule(factor.member).weight.detach()
         mask = largest_mask(weight, method.kept, method.group)
         np.testing.assert_array_equal(factor.dense(), (weight * mask).numpy())
+
+
+def test_error_falls_with_size() -> None:
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    for group in (4, 8):
+        errors = [float((weight * ~largest_mask(weight, kept, group)).norm()) for kept in range(1, group)]
+        assert all(later < earlier for earlier, later in pairwise(errors))
+    # The best of all masks of the pattern, by trying each on each group.
+    masks = torch.tensor(list(combinations(range(4), 2)))
+    kept = weight.reshape(-1, 4)[:, masks].square().sum(dim=2).amax(dim=1).sum()
+    best = float((weight.square().sum() - kept).sqrt())
+    assert float((weight * ~largest_mask(weight, 2, 4)).norm()) == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"ratio": 1.88}, {"ratio": 32 / 17}, {"pattern": "1:4", "ratio": 3.76}])
