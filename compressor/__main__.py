@@ -81,7 +81,12 @@ MethodPreset = Annotated[str | None, typer.Option(help="2x, 2.8x or 3.57x (2.8x 
 Ratio = Annotated[float | None, typer.Option(help="Target by eq. 11 instead of the preset's; not for ds.")]
 Pattern = Annotated[str, typer.Option(help="nm: weights that stay, of how many neighbours.")]
 SparseDecay = Annotated[float, typer.Option(help="nm with sr-ste: pull of masked weights to zero.")]
-CalibrationRows = Annotated[int, typer.Option(help="fwsvd, drone: training rows to look at before factorizing.")]
+CalibrationRows = Annotated[
+    int, typer.Option(help="Training rows to look at before factorizing (data-aware ds, fwsvd, drone).")
+]
+DataAware = Annotated[
+    bool, typer.Option(help="Factorize for the layers' outputs on training data, in place of their weights.")
+]
 Epochs = Annotated[
     float | None, typer.Option(help="Passes over the training data; if not given 2, or more to make 100 steps.")
 ]
@@ -188,6 +193,7 @@ def compress(
     limit_banks: LimitBanks = True,
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
+    data_aware: DataAware = True,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,
     calibration_rows: CalibrationRows = MethodOptions.calibration_rows,
@@ -221,6 +227,7 @@ def compress(
         limit_banks=limit_banks,
         iterations=iterations,
         dictionary_update=dictionary_update,
+        data_aware=data_aware,
         pattern=pattern,
         sparse_decay=sparse_decay,
         calibration_rows=calibration_rows,
@@ -368,6 +375,8 @@ def run(
     limit_banks: LimitBanks = True,
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
+    data_aware: DataAware = True,
+    calibration_rows: CalibrationRows = MethodOptions.calibration_rows,
     schedule: ScheduleName = "ft-f-stf",
     finetuned: Annotated[bool, typer.Option(help="--model is fine-tuned for this task already.")] = False,
     epochs: Epochs = None,
@@ -423,7 +432,7 @@ def run(
         model,
         _data(task, data, train_file, validation_file, rows),
         CompressionConfig(preset, gamma, delta, block_size, limit_banks),
-        KSVDConfig(iterations, dictionary_update, seed),
+        KSVDConfig(iterations, dictionary_update, seed, calibration_rows if data_aware else 0),
         dense,
         sparse,
         output,

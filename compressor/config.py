@@ -148,7 +148,8 @@ class MethodOptions:
     """What was asked of a compression method; a field at its default was not asked for.
 
     ``preset`` or ``ratio`` (the target by eq. 11) set the size. ``gamma`` to ``dictionary_update`` are of ``ds``,
-    ``pattern`` ("2:4") and ``sparse_decay`` of ``nm``, ``calibration_rows`` of ``fwsvd`` and ``drone``.
+    ``data_aware`` too; ``pattern`` ("2:4") and ``sparse_decay`` of ``nm``; ``calibration_rows`` of ``fwsvd``, ``drone``
+    and a ``ds`` that is data-aware.
     """
 
     preset: str | None = None
@@ -159,6 +160,7 @@ class MethodOptions:
     limit_banks: bool = True
     iterations: int = 50
     dictionary_update: Literal["auto", "mod", "ksvd"] = "mod"
+    data_aware: bool = True
     pattern: str = "2:4"
     sparse_decay: float = 2e-4
     calibration_rows: int = 256
@@ -231,12 +233,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class KSVDConfig:
-    """The single-shot factorization: ``iterations`` sweeps of coding and dictionary update."""
+    """The single-shot factorization: ``iterations`` sweeps of coding and dictionary update.
+
+    ``calibration_rows``: of the training data, that are looked at to make the layers' outputs right (data_aware.py);
+    with none it is their weights, as in the paper.
+    """
 
     iterations: int = 50
     update: Literal["auto", "mod", "ksvd"] = "mod"
     seed: int = 0
+    calibration_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ConfigError(f"iterations must be at least 1, got {self.iterations}")
+        if self.calibration_rows < 0:
+            raise ConfigError(f"calibration rows must be 0 or more, got {self.calibration_rows}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from compressor.calibration import Calibration
+from compressor.calibration import Calibration, input_grams
 from compressor.config import (
     CompressionConfig,
     ConfigError,
@@ -18,11 +21,22 @@ from compressor.config import (
     Schedule,
     compression_ratio,
 )
+from compressor.data_aware import factorize_outputs, relative_output_error
 from compressor.factors import WeightFactors
 from compressor.graph import Factors
 from compressor.ksvd import Factorization
-from compressor.layers import linear_layer
+from compressor.layers import finite_weight, linear_layer
+from compressor.progress import progress
 from compressor.stf import Planned, attach, factorize_stacks, plan_model, stacks_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StartingFactors(Factors):
+    """Fresh factors of weights other than the layer's own; ``target`` (M, N) float32 is what is trained (W')."""
+
+    target: NDArray[np.float32] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -38,8 +52,8 @@ class DenseSparse:
 
     @classmethod
     def from_options(cls, options: MethodOptions) -> DenseSparse:
-        own = ("preset", "gamma", "delta", "block_size", "limit_banks", "iterations", "dictionary_update")
-        options.require_only(cls.name, *own)
+        own = ("preset", "gamma", "delta", "block_size", "limit_banks", "iterations", "dictionary_update", "data_aware")
+        options.require_only(cls.name, *own, *(["calibration_rows"] if options.data_aware else []))
         return cls(
             CompressionConfig(
                 options.preset or CompressionConfig.preset,
@@ -48,7 +62,12 @@ class DenseSparse:
                 options.block_size,
                 options.limit_banks,
             ),
-            KSVDConfig(options.iterations, options.dictionary_update, options.seed),
+            KSVDConfig(
+                options.iterations,
+                options.dictionary_update,
+                options.seed,
+                options.calibration_rows if options.data_aware else 0,
+            ),
         )
 
     def plan(self, model: nn.Module) -> list[Planned]:
@@ -66,14 +85,30 @@ class DenseSparse:
         }
 
     def factorize(self, model: nn.Module, plan: Sequence[Planned], calibration: Calibration) -> list[Factors]:
-        return [
-            Factors(spec.names, *(part.cpu().numpy() for part in (start.dictionary, start.indices, start.values)))
-            for (spec, _), start in zip(plan, factorize_stacks(model, plan, self.ksvd), strict=True)
-        ]
+        if not self.ksvd.calibration_rows:
+            return [
+                Factors(spec.names, *_arrays(start.dictionary, start.indices, start.values))
+                for (spec, _), start in zip(plan, factorize_stacks(model, plan, self.ksvd), strict=True)
+            ]
+        grams = input_grams(model, [spec for spec, _ in plan], calibration, self.ksvd.calibration_rows)
+        factors: list[Factors] = []
+        sweeps = (self.ksvd.iterations + 1) * (2 if self.ksvd.update == "auto" else 1)
+        with progress("K-SVD", total=sum(sizes.n_blocks for _, sizes in plan) * sweeps) as advance:
+            for spec, sizes in plan:
+                weight = torch.cat([finite_weight(model, name) for name in spec.names])
+                gram = grams[spec.names[0]].to(weight.device)
+                start = factorize_outputs(weight, sizes, self.ksvd, gram, advance)
+                found = start.factorization
+                arrays = _arrays(found.dictionary, found.indices, found.values, start.metric)
+                (target,) = _arrays(start.target)
+                factors.append(StartingFactors(spec.names, *arrays, target=target))
+                error = relative_output_error(weight, found.dense(), gram)
+                log.info("%s: outputs are off by %.4f of their norm", factors[-1].name, error)
+        return factors
 
     def attach(self, model: nn.Module, plan: Sequence[Planned], factors: Sequence[Factors], schedule: Schedule) -> None:
         by_name = {factor.members: factor for factor in factors}
-        starts = []
+        starts, metrics = [], []
         for spec, sizes in plan:
             factor = by_name.get(tuple(spec.names))
             wanted = (sizes.n_blocks, sizes.n_atoms, sizes.block_size, sizes.n_nonzero)
@@ -91,15 +126,26 @@ class DenseSparse:
                     torch.from_numpy(factor.values).to(device),
                 )
             )
-        for stack in attach(model, plan, starts):
+            metrics.append(None if factor.metric is None else torch.from_numpy(factor.metric).to(device))
+            if isinstance(factor, StartingFactors):
+                _set_weights(model, spec.names, torch.from_numpy(factor.target))
+        for stack in attach(model, plan, starts, metrics):
             if schedule == "ft-f-ft":
                 stack.freeze_supports()
 
     def collect(self, model: nn.Module) -> list[Factors]:
         return [
-            Factors(
-                stack.names,
-                *(part.detach().contiguous().cpu().numpy() for part in (stack.dictionary, stack.indices, stack.values)),
-            )
+            Factors(stack.names, *_arrays(stack.dictionary, stack.indices, stack.values, stack.metric))
             for stack in stacks_of(model)
         ]
+
+
+def _arrays(*parts: Tensor | None) -> list[Any]:
+    return [None if part is None else part.detach().contiguous().cpu().numpy() for part in parts]
+
+
+def _set_weights(model: nn.Module, names: Sequence[str], stacked: Tensor) -> None:
+    """``stacked`` (M, N) into the layers that it is the weights of, in order."""
+    layers = [linear_layer(model, name) for name in names]
+    for layer, rows in zip(layers, torch.split(stacked, [layer.out_features for layer in layers]), strict=True):
+        layer.weight = nn.Parameter(rows.to(layer.weight.device).clone())  # whoever holds the old one keeps it

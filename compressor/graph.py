@@ -53,7 +53,8 @@ class Factors:
     """One factorized matrix W (M, N), cut into N/B blocks of B columns.
 
     members: names of the nn.Linear modules whose weights are stacked in it, in row order: query, key and value,
-    or a single one. dictionary (N/B, K, B) float32; indices (N/B, M, S) int, values (N/B, M, S) float32.
+    or a single one. dictionary (N/B, K, B) float32; indices (N/B, M, S) int, values (N/B, M, S) float32. metric
+    (N/B, B, B) float32 or None: what the weights are coded in while they are trained; no graph has it.
     """
 
     custom_op: ClassVar[bool] = True
@@ -62,6 +63,7 @@ class Factors:
     dictionary: NDArray[np.float32]
     indices: NDArray[np.integer]
     values: NDArray[np.float32]
+    metric: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         blocks, atoms, _ = self.dictionary.shape
@@ -103,11 +105,18 @@ class Factors:
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """What a checkpoint keeps."""
-        return {"dictionary": self.dictionary, "indices": self.indices.astype(np.int32), "values": self.values}
+        metric = {} if self.metric is None else {"metric": self.metric}
+        return {
+            "dictionary": self.dictionary,
+            "indices": self.indices.astype(np.int32),
+            "values": self.values,
+            **metric,
+        }
 
     @classmethod
     def from_tensors(cls, members: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> "Factors":
-        return cls(tuple(members), tensors["dictionary"], tensors["indices"], tensors["values"])
+        parts = (tensors.get(name) for name in ("dictionary", "indices", "values", "metric"))
+        return cls(tuple(members), *parts)  # type: ignore[arg-type]
 
     @staticmethod
     def put(model: ModelProto, factors: Sequence["Factors"], storage: Storage) -> None:

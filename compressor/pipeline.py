@@ -187,8 +187,7 @@ def compress(
         score=_headline(model, loaded.tokenizer, task, validation),
         resume=resume,
         title=f"{schedule} on {task.name}",
-        # Of ds nothing: its sizes are those of its tensors, and tell a run's state from another's.
-        subject=None if method.name == "ds" else {"method": repr(method), "schedule": schedule},
+        subject={"method": repr(method), "schedule": schedule},
     )
     steps_before = int(before.extra.get("steps") or 0) if before else 0
     record = Record(

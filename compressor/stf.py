@@ -64,18 +64,23 @@ class FactorizedStack(nn.Module):
     """One dictionary a block for a stack of layers that share their input (Q, K and V; else a single layer).
 
     ``dictionary`` (N/B, K, B) is a parameter, ``indices`` (N/B, M, S) and ``values`` (N/B, M, S) are the codes of
-    the members' weights, stacked in order: M is the sum of their ``out_features``.
+    the members' weights, stacked in order: M is the sum of their ``out_features``. ``metric`` (N/B, B, B), if any, is
+    what errors are measured in when weights are coded, ‖(W_i − S_i D_i) metric_i‖ (data_aware.py).
     """
 
     indices: Tensor
+    metric: Tensor | None
 
-    def __init__(self, names: Sequence[str], plan: LayerPlan, start: Factorization) -> None:
+    def __init__(
+        self, names: Sequence[str], plan: LayerPlan, start: Factorization, metric: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.names = tuple(names)
         self.plan = plan
         self.dictionary = nn.Parameter(start.dictionary.clone())
         self.values = nn.Parameter(start.values.clone(), requires_grad=False)
         self.register_buffer("indices", start.indices.clone())
+        self.register_buffer("metric", metric)
         self.frozen = False
         # Rows whose part of grad D was asked for since the last coding. There is one coding an optimiser step, so
         # micro-batches and layers that share their weights (ALBERT) do not count it twice.
@@ -93,12 +98,16 @@ class FactorizedStack(nn.Module):
         Returns the share of support entries that changed. Call it once an optimiser step, before the forward pass.
         """
         self._collected.clear()
-        norms = self.dictionary.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        atoms = self.dictionary if self.metric is None else self.dictionary @ self.metric
+        norms = atoms.norm(dim=2, keepdim=True).clamp_min(1e-12)
         self.dictionary.div_(norms)
+        atoms = atoms / norms
+        if self.metric is not None:
+            weight = (blocks(weight, self.plan.block_size) @ self.metric).transpose(0, 1).flatten(1)
         if not afresh:
-            self.values.copy_(refit(weight, self.dictionary, self.indices))
+            self.values.copy_(refit(weight, atoms, self.indices))
             return 0.0
-        indices, values = sparse_code(weight, self.dictionary, self.plan.n_nonzero, self.plan.bank_limit)
+        indices, values = sparse_code(weight, atoms, self.plan.n_nonzero, self.plan.bank_limit)
         before = torch.zeros(*indices.shape[:2], self.plan.n_atoms, dtype=torch.bool, device=indices.device)
         kept = before.scatter(2, self.indices, True).gather(2, indices).float().mean()
         self.indices.copy_(indices)
@@ -177,11 +186,16 @@ def factorize_stacks(model: nn.Module, plans: Sequence[Planned], ksvd: KSVDConfi
     return starts
 
 
-def attach(model: nn.Module, plans: Sequence[Planned], starts: Sequence[Factorization]) -> list[FactorizedStack]:
-    """Put known factorizations into ``model`` in place of its linear layers."""
+def attach(
+    model: nn.Module,
+    plans: Sequence[Planned],
+    starts: Sequence[Factorization],
+    metrics: Sequence[Tensor | None] | None = None,
+) -> list[FactorizedStack]:
+    """Put known factorizations into ``model`` in place of its linear layers; ``metrics``: of each, if any."""
     stacks = []
-    for (spec, plan), start in zip(plans, starts, strict=True):
-        stack = FactorizedStack(spec.names, plan, start)
+    for (spec, plan), start, metric in zip(plans, starts, metrics or [None] * len(starts), strict=True):
+        stack = FactorizedStack(spec.names, plan, start, metric)
         offset = 0
         for name in spec.names:
             linear = linear_layer(model, name)

@@ -83,6 +83,21 @@ def test_coding_afresh_follows_the_weights_and_refit_keeps_supports(model: BertF
     assert not torch.equal(stacks[0].indices, supports)
 
 
+@pytest.mark.parametrize("afresh", [True, False])
+def test_codes_in_a_metric_are_its_least_squares(model: BertForSequenceClassification, afresh: bool) -> None:
+    """What is left of a row is orthogonal, in the metric, to its atoms; and atoms have unit length in it."""
+    stack = factorize_model(model, CONFIG, KSVDConfig(2))[0]
+    weight = stacked_weight(model, stack.names).detach()
+    stack.metric = torch.randn(stack.plan.n_blocks, 8, 8, generator=torch.Generator().manual_seed(0)).triu()
+    stack.code(weight, afresh=afresh)
+    atoms = stack.dictionary @ stack.metric
+    torch.testing.assert_close(atoms.norm(dim=2), torch.ones(atoms.shape[:2]))
+    left = blocks(weight - stack.dense(), 8) @ stack.metric
+    along = (left @ atoms.transpose(1, 2)).gather(2, stack.indices)
+    scale = (blocks(weight, 8) @ stack.metric).norm(dim=2, keepdim=True)
+    assert (along / scale).abs().max() < 1e-3
+
+
 def test_frozen_supports_train_by_true_gradients(model: BertForSequenceClassification) -> None:
     stacks = factorize_model(model, CONFIG, KSVDConfig(1))
     for stack in stacks:

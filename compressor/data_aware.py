@@ -1,0 +1,102 @@
+"""K-SVD for the outputs of a layer on calibration data, in place of its weights.
+
+With the Gram matrix G = XXᵀ of the layer's inputs, an error Δ = W − Ŵ of the weights costs ‖ΔX‖² = tr(Δ G Δᵀ) at the
+outputs. Let G = U Uᵀ with U *upper* triangular; the cost is then ‖ΔU‖², and its part in the columns of block i is
+
+    ‖Σ_{k≤i} Δ_k U_ki‖²
+
+Blocks are factorized in order. What those before i did wrong, block i makes good as far as it can: it aims at
+
+    W'_i = W_i + (Σ_{k<i} Δ_k U_ki) U_ii⁻¹
+
+in place of W_i, and is coded in the metric U_ii: by K-SVD of W'_i U_ii, whose dictionary times U_ii⁻¹ is the block's.
+Within a block that is the whitening of SVD-LLM and CoSpaDi; from block to block it is the correction of GPTQ (Frantar et
+al., "GPTQ: Accurate post-training quantization for generative pre-trained transformers", 2023), with dictionaries in
+the place of rounding.
+
+STF goes on from there: W' are the weights that it moves, and it codes them in the same metric. The dictionary's gradient
+Sᵀ(SD − W') needs no metric, for the least squares that it seeks are the same in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from compressor.config import ConfigError, KSVDConfig, LayerPlan
+from compressor.ksvd import Factorization, factorize
+
+# Added to G's diagonal, of its mean: what the calibration data leaves undecided goes to the plain error of the weights.
+_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Start:
+    """A factorization, the weights it was made of (W', (M, N) float32), and its metric U_ii (N/B, B, B) float32."""
+
+    factorization: Factorization
+    target: Tensor
+    metric: Tensor
+
+
+def metric_root(gram: Tensor) -> Tensor:
+    """U (N, N) float64, upper triangular, with U Uᵀ = ``gram`` damped and scaled to a mean diagonal of one."""
+    mean = gram.diagonal().mean()
+    if not mean > 0:  # inputs that are all zero
+        return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    damped = gram.double() / mean
+    damped.diagonal().add_(_DAMPING)
+    lower, broken = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if broken:
+        raise ConfigError("the inputs of a layer have no positive Gram matrix; check the checkpoint and the data")
+    root: Tensor = lower.flip(0, 1)
+    return root
+
+
+def relative_output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    """‖(W − Ŵ)X‖ / ‖WX‖ with ``gram`` XXᵀ (0 where the outputs are zero)."""
+    weight, gram = weight.double(), gram.double()
+    difference = weight - approximation
+    scale = ((weight @ gram) * weight).sum()
+    return float((((difference @ gram) * difference).sum() / scale).clamp_min(0).sqrt()) if scale > 0 else 0.0
+
+
+@torch.no_grad()
+def factorize_outputs(
+    weight: Tensor,
+    plan: LayerPlan,
+    config: KSVDConfig,
+    gram: Tensor,
+    on_sweep: Callable[[], None] = lambda: None,
+) -> Start:
+    """K-SVD of ``weight`` (M, N) for inputs with the Gram matrix ``gram`` (N, N).
+
+    ``on_sweep`` is called after each sweep over a block. Raises :class:`ConfigError` as :func:`factorize` does.
+    """
+    root = metric_root(gram)
+    target = weight.detach().double().clone()
+    carried = torch.zeros_like(target)  # ΔU of the blocks that are done
+    block = replace(plan, in_features=plan.block_size)
+    parts, metrics = [], []
+    for first in range(0, plan.in_features, plan.block_size):
+        columns = slice(first, first + plan.block_size)
+        own = root[columns, columns]
+        target[:, columns] += _times_inverse(carried[:, columns], own)
+        found = factorize((target[:, columns] @ own).float(), block, config, on_sweep)
+        found = replace(found, dictionary=_times_inverse(found.dictionary.double(), own).float())
+        carried += (weight[:, columns].double() - found.dense()) @ root[columns]
+        parts.append(found)
+        metrics.append(own)
+    together = Factorization(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("dictionary", "indices", "values"))
+    )
+    return Start(together, target.float(), torch.stack(metrics).float())
+
+
+def _times_inverse(x: Tensor, upper: Tensor) -> Tensor:
+    """x · upper⁻¹"""
+    solved: Tensor = torch.linalg.solve_triangular(upper, x, upper=True, left=False)
+    return solved
