@@ -10,12 +10,12 @@ Blocks are factorized in order. What those before i did wrong, block i makes goo
     W'_i = W_i + (Σ_{k<i} Δ_k U_ki) U_ii⁻¹
 
 in place of W_i, and is coded in the metric U_ii: by K-SVD of W'_i U_ii, whose dictionary times U_ii⁻¹ is the block's.
-Within a block that is the whitening of SVD-LLM and CoSpaDi; from block to block it is the correction of GPTQ (Frantar et
-al., "GPTQ: Accurate post-training quantization for generative pre-trained transformers", 2023), with dictionaries in
-the place of rounding.
+Within a block that is the whitening of SVD-LLM and CoSpaDi; from block to block it is the correction of GPTQ (Frantar
+et al., "GPTQ: Accurate post-training quantization for generative pre-trained transformers", 2023), with dictionaries
+in the place of rounding.
 
-STF goes on from there: W' are the weights that it moves, and it codes them in the same metric. The dictionary's gradient
-Sᵀ(SD − W') needs no metric, for the least squares that it seeks are the same in all of them.
+STF goes on from there: W' are the weights that it moves, and it codes them in the same metric. The gradient of the
+dictionary, Sᵀ(SD − W'), needs no metric, for the least squares that it seeks are the same in all of them.
 """
 
 from __future__ import annotations
