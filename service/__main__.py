@@ -6,16 +6,16 @@ import logging
 import os
 import sys
 
-import uvicorn
-
 from service import logs
 from service.app import create_app
 from service.errors import StartError
+from service.server import Server
 from service.settings import Settings, read_options, unknown_variables
 
 log = logging.getLogger("service")
 
 EXIT_START = 1
+EXIT_ENGINE = 4
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     except StartError as error:
         log.critical(str(error))
         sys.exit(EXIT_START)
-    uvicorn.run(app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False)
+    Server(app).run()
+    if app.state.service.lifecycle.crashed:
+        # A thread that hangs in native code would hang or crash an orderly end.
+        logging.shutdown()
+        os._exit(EXIT_ENGINE)
 
 
 if __name__ == "__main__":

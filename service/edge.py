@@ -17,16 +17,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors
-from service.errors import PayloadTooLarge, ServiceError, UnsupportedMedia
-from service.metrics import Metrics
+from service.errors import ClientGone, PayloadTooLarge, ServiceError, UnsupportedMedia
+from service.state import Service
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# No status is sent to a client that has gone; this number, nginx's, stands for it in the metrics and the log.
-CLIENT_GONE = 499
-OUTCOME_OF_STATUS = {CLIENT_GONE: "cancelled", 503: "not_ready"}
+OUTCOME_OF_STATUS = {ClientGone.status: "cancelled", 429: "overloaded", 503: "not_ready", 504: "deadline"}
 # A client that is still sending when its connection closes may never read the 413, so a little more is read first.
 DRAIN_FACTOR = 8
 
@@ -34,9 +32,10 @@ DRAIN_FACTOR = 8
 class Observed:
     """Outermost layer: gives each request an id and a clock, and counts and logs its response."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._metrics = metrics
+        self._metrics = service.metrics
+        self._lifecycle = service.lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,14 +50,17 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                if self._lifecycle.draining:
+                    headers["Connection"] = "close"  # so that no request is on its way when the connection closes
             await send(message)
 
         state["began"] = began
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            status = CLIENT_GONE
+            status = ClientGone.status
         except Exception as error:
             log_failure(error, request_id)
             if status:

@@ -10,8 +10,12 @@
     ├── Invalid              422   wrong or unknown fields, empty texts, too many inputs
     │   └── TooLong          422   longer than the model takes, or more windows than allowed
     ├── TaskUnavailable      424   the variant exists but has no model for this task
+    ├── Overloaded           429   more tokens wait than max_queue_tokens
+    ├── ClientGone           499   never seen by anybody: the client has left
     ├── BackendFailed        500   the model failed or gave NaN
-    └── NotReady             503   before the warm-up ended, or after it failed
+    ├── NotReady             503   before the warm-up ended, after it or the self-test failed, or when inference hangs
+    │   └── Draining         503   after SIGTERM
+    └── DeadlineExceeded     504   waited longer than max_queue_seconds, or the X-Request-Timeout of the request
 
 Every error leaves as {"error", "error_type", "request_id", "detail"}; `error` is a sentence, `detail` a list of
 {"field", "message"} (empty where one sentence says it all). The values of a request are never repeated.
@@ -83,6 +87,19 @@ class TaskUnavailable(ServiceError):
     status, error_type = 424, "task_unavailable"
 
 
+class Overloaded(ServiceError):
+    status, error_type = 429, "overloaded"
+
+    def __init__(self, sentence: str, retry_after: int) -> None:
+        super().__init__(sentence)
+        self.headers = {"Retry-After": str(retry_after)}
+
+
+class ClientGone(ServiceError):
+    # No status is sent to a client that has gone; this number, nginx's, stands for it in the metrics and the log.
+    status, error_type = 499, "cancelled"
+
+
 class BackendFailed(ServiceError):
     status, error_type = 500, "backend"
 
@@ -90,6 +107,14 @@ class BackendFailed(ServiceError):
 class NotReady(ServiceError):
     status, error_type = 503, "not_ready"
     headers = MappingProxyType({"Retry-After": "1"})
+
+
+class Draining(NotReady):
+    error_type = "draining"
+
+
+class DeadlineExceeded(ServiceError):
+    status, error_type = 504, "deadline"
 
 
 def response(error: ServiceError, request_id: str) -> Response:

@@ -88,6 +88,35 @@ class Settings(BaseSettings):
     max_batch_tokens: int = Field(
         default=1024, ge=1, description="Most tokens, padding included, in one run of a model; bounds memory."
     )
+    max_queue_tokens: int = Field(
+        default=65536, ge=1, description="Most tokens of all admitted requests together; above it 429 with Retry-After."
+    )
+    max_queue_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="Longest wait for inference; then 504. The header X-Request-Timeout shortens it for one request.",
+    )
+    grace_seconds: float = Field(
+        default=1.0,
+        ge=0,
+        le=600,
+        description="After SIGTERM /readyz says 503, and for so long new requests are still served.",
+    )
+    drain_seconds: float = Field(
+        default=20.0,
+        ge=0,
+        le=3600,
+        description="Time for requests in progress after that; those left over get 503, and the process ends with 0.",
+    )
+    stall_seconds: float = Field(
+        default=1.5,
+        gt=0,
+        description="An inference that takes longer, and 4 times as long as any of the warm-up, makes /readyz say 503.",
+    )
+    hang_seconds: float = Field(
+        default=30.0, gt=0, description="An inference that takes longer than this ends the process with status 4."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe log line that is written."
     )
