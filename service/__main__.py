@@ -16,6 +16,8 @@ log = logging.getLogger("service")
 
 EXIT_START = 1
 EXIT_ENGINE = 4
+# How long one thread may hold the interpreter while others wait; Python's own 5 ms is a request's whole time here.
+SWITCH_SECONDS = 0.001
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         log.warning("environment variable is no option of the service", extra={"variable": name})
     # The tokenizers library would otherwise start one thread for each CPU of the host.
     os.environ.setdefault("RAYON_NUM_THREADS", str(settings.threads))
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         app = create_app(settings)
     except StartError as error:

@@ -19,7 +19,6 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
@@ -28,12 +27,11 @@ from service import errors, lifecycle, registry
 from service.admission import Admission
 from service.edge import Observed, log_failure
 from service.engine import Engine
-from service.errors import Malformed, MethodNotAllowed, NotFound, NotReady, ServiceError, StartError
+from service.errors import MethodNotAllowed, NotFound, NotReady, ServiceError, StartError
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics, version
 from service.probes import probes
 from service.registry import Registry
-from service.schemas import TAGS
 from service.settings import Settings
 from service.state import Service
 from service.tasks import ERRORS, tasks
@@ -74,7 +72,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Observed, service=service)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(RequestValidationError, on_validation_error)
     for path in ("/classify", "/qa", "/variants/{variant}/classify", "/variants/{variant}/qa"):
         service.metrics.expect(path, "POST", (200, *ERRORS))
     log.info(
@@ -148,10 +145,9 @@ async def on_service_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own errors: no such route, wrong verb, a body that the JSON parser gave up on."""
+    """Starlette's own errors: no such route, wrong verb."""
     assert isinstance(error, HTTPException)
     known: dict[int, ServiceError] = {
-        400: Malformed("The body is not valid JSON, or is nested too deeply."),
         404: NotFound("There is no such route; GET /docs shows them all."),
         405: MethodNotAllowed(
             f"This route does not take {request.method}; GET /docs shows what it takes.",
@@ -159,8 +155,3 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         ),
     }
     return errors.response(known.get(error.status_code, ServiceError(str(error.detail))), request.state.request_id)
-
-
-async def on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return errors.response(errors.from_validation(error.errors(), TAGS), request.state.request_id)

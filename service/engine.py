@@ -211,7 +211,8 @@ class Engine:
         for job in jobs:
             if all(job.outputs) and not job.future.done():
                 job.future.set_result(job.outputs)
-        self._on_batch(batch)
+        # After those who wait have been woken, and so after their answers have been sent.
+        asyncio.get_running_loop().call_soon(self._on_batch, batch)
 
     def _after_failure(self, batch: Batch, jobs: dict[Job, None], failure: Exception) -> None:
         """One request must not spoil another: each goes on by itself, and the one that fails then is to blame."""

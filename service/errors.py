@@ -132,15 +132,16 @@ def response(error: ServiceError, request_id: str) -> Response:
 
 
 def from_validation(problems: Sequence[Mapping[str, Any]], tags: frozenset[str]) -> ServiceError:
-    """What FastAPI found wrong with a body, in sentences.
+    """What pydantic found wrong with a body, in sentences.
 
     tags : names of union members in the error's location, which are no fields of the request
     """
     first = problems[0]
     if first["type"] == "json_invalid":
-        return Malformed(f"The body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}.")
-    if first["type"] == "missing" and tuple(first["loc"]) == ("body",):
-        return Malformed("The body is empty; send a JSON object.")
+        reason = str(first["ctx"]["error"])
+        if reason.startswith("recursion"):
+            return Malformed("The body is not valid JSON, or is nested too deeply.")
+        return Malformed(f"The body is not valid JSON: {reason}.")
     detail = [{"field": field(p["loc"], tags), "message": message(p)} for p in problems[:MAX_DETAILS]]
     where = detail[0]["field"] or "The body"
     more = f" ({len(problems) - 1} more in detail.)" if len(problems) > 1 else ""
@@ -152,18 +153,17 @@ def message(problem: Mapping[str, Any]) -> str:
     known = {
         "missing": "this field is required",
         "extra_forbidden": "there is no such field",
-        "model_attributes_type": "expected a JSON object",
-        "string_unicode": "the text holds a lone surrogate, which is no character",
+        "model_type": "expected a JSON object",
     }
     text = known.get(problem["type"], str(problem["msg"]))
     return text[:1].lower() + text[1:]
 
 
 def field(location: Sequence[str | int], tags: frozenset[str]) -> str:
-    """('body', 'inputs', 0, 'text') → 'inputs[0].text'."""
+    """('inputs', 0, 'text') → 'inputs[0].text'."""
     path = ""
     for part in location:
-        if part in tags or (part == "body" and not path):
+        if part in tags:
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path[:MAX_FIELD_CHARS]

@@ -7,7 +7,10 @@ alerts work before the first error.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
@@ -36,12 +39,25 @@ def version() -> str:
         return "unknown"  # run from a checkout that was never installed
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What a successful request leaves to be counted."""
+
+    task: str
+    variant: str
+    timings: Timings
+    tokens: int
+    truncated: int  # inputs that were cut
+    windows: Sequence[int]  # of each context
+
+
 class Metrics:
     def __init__(self, models: Registry, threads: int, isa: str, max_queue_tokens: int) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         which = ["task", "variant"]
         self._requests = Counter(
             "dsformer_requests", "Requests to a task, by outcome.", [*which, "outcome"], registry=registry
@@ -116,22 +132,22 @@ class Metrics:
             self._truncated.labels(task)
         self._windows.labels("qa")
 
-    def answered(self, task: str, variant: str, timings: Timings, tokens: int, truncated: int) -> None:
+    def answered(self, done: Answered) -> None:
         for stage in STAGES:
-            self._stages.labels(task, variant, stage).observe(getattr(timings, stage))
-        self._tokens.labels(task).observe(tokens)
-        self._truncated.labels(task).inc(truncated)
-
-    def windows(self, count: int) -> None:
-        self._windows.labels("qa").observe(count)
+            self._child(self._stages, done.task, done.variant, stage).observe(getattr(done.timings, stage))
+        self._child(self._tokens, done.task).observe(done.tokens)
+        if done.truncated:
+            self._truncated.labels(done.task).inc(done.truncated)
+        for count in done.windows:
+            self._child(self._windows, "qa").observe(count)
 
     def request(self, task: str, variant: str | None, outcome: str, seconds: float) -> None:
-        self._requests.labels(task, variant or NO_VARIANT, outcome).inc()
+        self._child(self._requests, task, variant or NO_VARIANT, outcome).inc()
         if outcome == "ok" and variant is not None:
-            self._duration.labels(task, variant).observe(seconds)
+            self._child(self._duration, task, variant).observe(seconds)
 
     def response(self, route: str, method: str, code: int) -> None:
-        self._responses.labels(route, method, str(code)).inc()
+        self._child(self._responses, route, method, str(code)).inc()
 
     def ready(self, model: OnnxModel, selftest_error: float) -> None:
         which = model.artifact.task, model.artifact.variant
@@ -140,11 +156,11 @@ class Metrics:
 
     def batch(self, batch: Batch) -> None:
         which = batch.model.artifact.task, batch.model.artifact.variant
-        self._batches.labels(*which).observe(batch.seconds)
-        self._batch_items.labels(*which).observe(len(batch.items))
-        self._batch_tokens.labels(*which).observe(batch.padded_tokens)
-        self._run_tokens.labels(*which, "real").inc(batch.tokens)
-        self._run_tokens.labels(*which, "padding").inc(batch.padded_tokens - batch.tokens)
+        self._child(self._batches, *which).observe(batch.seconds)
+        self._child(self._batch_items, *which).observe(len(batch.items))
+        self._child(self._batch_tokens, *which).observe(batch.padded_tokens)
+        self._child(self._run_tokens, *which, "real").inc(batch.tokens)
+        self._child(self._run_tokens, *which, "padding").inc(batch.padded_tokens - batch.tokens)
 
     def load(self, requests: int, tokens: int) -> None:
         self._inflight.set(requests)
@@ -159,6 +175,13 @@ class Metrics:
         """Let the response counters of a route exist at 0."""
         for code in codes:
             self._responses.labels(route, method, str(code))
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        """metric.labels(*labels), which takes longer than all else that is done to a metric."""
+        found = self._children.get((metric, labels))
+        if found is None:
+            found = self._children[metric, labels] = metric.labels(*labels)
+        return found
 
     def _init(self, task: str, variant: str) -> None:
         for outcome in OUTCOMES:

@@ -37,6 +37,8 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             log_config=None,
             access_log=False,
             server_header=False,
+            # With uvloop 8 clients got a tenth to a third fewer answers than with this loop, for the same single latency.
+            loop="asyncio",
             timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + MARGIN_SECONDS,
         )
         super().__init__(config)

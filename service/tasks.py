@@ -16,6 +16,7 @@ from service.artifact import Task
 from service.edge import TaskRoute
 from service.engine import Timings
 from service.errors import Invalid, Malformed
+from service.metrics import Answered
 from service.model import Logits, OnnxModel
 from service.schemas import Answer, ClassifyRequest, ErrorBody, LabelScore, QaRequest
 from service.state import Service, service_of
@@ -96,9 +97,8 @@ async def run_qa(request: Request, body: QaRequest, variant: str | None) -> Resp
         rows = [window.row for passage in passages for window in passage.windows]
         outputs = await infer(request, model, rows, timings, ticket)
         answers, timings.postprocess = await service.workers.run(lambda: decode(passages, outputs, body), chars)
-        for passage in passages:
-            service.metrics.windows(len(passage.windows))
-        return reply(request, model, answers, timings, rows, sum(passage.question_cut for passage in passages))
+        cut = sum(passage.question_cut for passage in passages)
+        return reply(request, model, answers, timings, rows, cut, [len(passage.windows) for passage in passages])
 
 
 def admit(service: Service, texts: list[str]) -> Ticket:
@@ -160,7 +160,13 @@ def choose(request: Request, task: Task, variant: str | None, items: int) -> Onn
 
 
 def reply(
-    request: Request, model: OnnxModel, answers: Any, timings: Timings, rows: Sequence[Row], truncated: int
+    request: Request,
+    model: OnnxModel,
+    answers: Any,
+    timings: Timings,
+    rows: Sequence[Row],
+    truncated: int,
+    windows: Sequence[int] = (),
 ) -> Response:
     """The answer, with its timings in the headers that Text Embeddings Inference uses and in Server-Timing.
 
@@ -168,7 +174,8 @@ def reply(
     """
     a = model.artifact
     tokens = sum(len(row) for row in rows)
-    service_of(request).metrics.answered(a.task, a.variant, timings, tokens, truncated)
+    # Counted by edge.py once the answer is on its way.
+    request.state.answered = Answered(a.task, a.variant, timings, tokens, truncated, windows)
     total = time.perf_counter() - request.state.began
     parts = {"tok": timings.tokenize, "queue": timings.queue, "infer": timings.infer, "post": timings.postprocess}
     headers = {

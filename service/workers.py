@@ -11,10 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-T = TypeVar("T")
+from service.tokenizer import SHORT_CHARS
 
-# About 0.3 ms of tokenizing.
-SHORT_CHARS = 2000
+T = TypeVar("T")
 
 
 class Workers:
