@@ -23,7 +23,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 import kernels
-from service import errors, lifecycle, registry
+from service import errors, keys, lifecycle, registry
 from service.admission import Admission
 from service.edge import Observed, log_failure
 from service.engine import Engine
@@ -51,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     service = Service(
         settings=settings,
         models=models,
+        keys=keys.load(settings.api_key, settings.api_key_file),
         workers=Workers(settings.threads),
         admission=Admission(settings.max_queue_tokens),
         engine=engine,

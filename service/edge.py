@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, the body cap, error bodies, response counters and the access log line."""
+"""What surrounds every request: its id, parsing, error bodies, response counters and the access log line."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import errors
-from service.errors import ClientGone, Malformed, PayloadTooLarge, ServiceError, UnsupportedMedia
+from service import bodies, errors
+from service.errors import ClientGone, ServiceError
 from service.schemas import TAGS
-from service.state import Service
+from service.state import Service, service_of
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OUTCOME_OF_STATUS = {ClientGone.status: "cancelled", 429: "overloaded", 503: "not_ready", 504: "deadline"}
-# A client that is still sending when its connection closes may never read the 413, so a little more is read first.
-DRAIN_FACTOR = 8
 
 
 class Observed:
@@ -119,7 +117,7 @@ def log_failure(error: BaseException, request_id: str) -> None:
 
 
 class TaskRoute(APIRoute):
-    """A route with a JSON body: media type and size are checked first, then pydantic parses and checks in one go.
+    """A route with a JSON body: key, media type and size are checked first, then pydantic parses and checks in one go.
 
     FastAPI reads the endpoint's signature for the OpenAPI document; its own way of parsing, through Python objects and
     dependencies, takes longer than the tokenizer.
@@ -132,12 +130,10 @@ class TaskRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             request.state.task = task
-            media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-            if media_type != "application/json":
-                raise UnsupportedMedia("Send the body as JSON, with the header Content-Type: application/json.")
-            content = await read_body(request, request.app.state.service.settings.max_body_bytes)
-            if not content.strip():
-                raise Malformed("The body is empty; send a JSON object.")
+            service = service_of(request)
+            service.keys.check(request.headers.get("authorization"))
+            bodies.check_media_type(request)
+            content = await bodies.read(request, service.settings.max_body_bytes)
             try:
                 body = body_type.model_validate_json(content)
             except ValidationError as error:
@@ -146,23 +142,3 @@ class TaskRoute(APIRoute):
             return response
 
         return handle
-
-
-async def read_body(request: Request, cap: int) -> bytes:
-    """The body, if it keeps to the cap."""
-    too_large = PayloadTooLarge(f"The body is larger than {cap} bytes, the most this service takes.")
-    announced = request.headers.get("content-length", "")
-    size = int(announced) if announced.isdecimal() else 0
-    # With Expect: 100-continue the client has sent nothing yet and waits for our word.
-    if size > cap and (size > DRAIN_FACTOR * cap or "expect" in request.headers):
-        raise too_large
-    chunks, total = [], 0
-    async for chunk in request.stream():
-        total += len(chunk)
-        if total > DRAIN_FACTOR * cap:
-            raise too_large
-        if total <= cap:
-            chunks.append(chunk)
-    if total > cap:
-        raise too_large
-    return b"".join(chunks)

@@ -2,13 +2,14 @@
 
     StartError                     the service does not start: a sentence on stderr and exit code 1
     ServiceError                   an answer other than 200
-    ├── Malformed            400   not JSON, empty body, empty batch
+    ├── Malformed            400   not JSON, empty body, empty batch, broken compression
+    ├── Unauthorized         401   no API key, or an unknown one
     ├── NotFound             404   no such route or variant
     ├── MethodNotAllowed     405
-    ├── PayloadTooLarge      413   body over max_body_bytes
-    ├── UnsupportedMedia     415   not application/json
+    ├── PayloadTooLarge      413   body over max_body_bytes, compressed or not
+    ├── UnsupportedMedia     415   not application/json, or an unknown Content-Encoding
     ├── Invalid              422   wrong or unknown fields, empty texts, too many inputs
-    │   └── TooLong          422   longer than the model takes, or more windows than allowed
+    │   └── TooLong          422   longer than the model or max_text_chars takes, or more windows than allowed
     ├── TaskUnavailable      424   the variant exists but has no model for this task
     ├── Overloaded           429   more tokens wait than max_queue_tokens
     ├── ClientGone           499   never seen by anybody: the client has left
@@ -53,6 +54,11 @@ class ServiceError(Exception):
 
 class Malformed(ServiceError):
     status, error_type = 400, "malformed"
+
+
+class Unauthorized(ServiceError):
+    status, error_type = 401, "unauthorized"
+    headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
 
 
 class NotFound(ServiceError):

@@ -50,6 +50,7 @@ async def info(request: Request) -> dict[str, Any]:
         "truncation": settings.truncation,
         "limits": {
             "max_body_bytes": settings.max_body_bytes,
+            "max_text_chars": settings.max_text_chars,
             "max_batch_items": settings.max_batch_items,
             "max_windows": settings.max_windows,
             "max_batch_tokens": settings.max_batch_tokens,

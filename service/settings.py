@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 PREFIX = "DSFORMER_"
@@ -79,6 +79,9 @@ class Settings(BaseSettings):
         description="What happens to a text longer than the model takes, unless the request says so itself.",
     )
     max_body_bytes: int = Field(default=2 * 1024 * 1024, ge=1, description="Largest request body; above it 413.")
+    max_text_chars: int = Field(
+        default=2**20, ge=1, description="Most characters of one text, question or context; above it 422."
+    )
     max_batch_items: int = Field(default=64, ge=1, description="Most inputs in one request; above it 422.")
     max_windows: int = Field(
         default=256, ge=1, description="Most windows that the contexts of one request may need; above it 422."
@@ -117,6 +120,12 @@ class Settings(BaseSettings):
     hang_seconds: float = Field(
         default=30.0, gt=0, description="An inference that takes longer than this ends the process with status 4."
     )
+    api_key: SecretStr | None = Field(
+        default=None,
+        description="Key that requests must send as Authorization: Bearer KEY; probes and /metrics stay open. Better "
+        "given by the variable or the file: flags can be read by other users of the computer.",
+    )
+    api_key_file: Path | None = Field(default=None, description="File with more such keys, one in a line.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe log line that is written."
     )
@@ -140,7 +149,8 @@ def sentences(error: ValidationError, prefix: str = PREFIX) -> str:
         name = str(problem["loc"][0]) if problem["loc"] else "?"
         flag = name.replace("_", "-").lower()
         variable = f" ({prefix}{name.upper()})" if prefix else ""
-        lines.append(f"--{flag}{variable}: {problem['msg']}, got {problem['input']!r}.")
+        shown = "" if name.lower() == "api_key" else f", got {problem['input']!r}"
+        lines.append(f"--{flag}{variable}: {problem['msg']}{shown}.")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from fastapi import Request
 import kernels
 from service.admission import Admission
 from service.engine import Engine
+from service.keys import Keys
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.registry import Registry
@@ -21,6 +22,7 @@ from service.workers import Workers
 class Service:
     settings: Settings
     models: Registry
+    keys: Keys
     workers: Workers
     admission: Admission
     engine: Engine

@@ -15,17 +15,17 @@ from service.admission import Ticket, estimate
 from service.artifact import Task
 from service.edge import TaskRoute
 from service.engine import Timings
-from service.errors import Invalid, Malformed
+from service.errors import Invalid, Malformed, TooLong
 from service.metrics import Answered
 from service.model import Logits, OnnxModel
-from service.schemas import Answer, ClassifyRequest, ErrorBody, LabelScore, QaRequest
+from service.schemas import Answer, ClassifyRequest, ErrorBody, LabelScore, QaRequest, Question, TextPair
 from service.state import Service, service_of
 from service.tokenizer import Row
 from service.workers import timed
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 
-ERRORS = {code: {"model": ErrorBody} for code in (400, 404, 405, 413, 415, 422, 424, 429, 500, 503, 504)}
+ERRORS = {code: {"model": ErrorBody} for code in (400, 401, 404, 405, 413, 415, 422, 424, 429, 500, 503, 504)}
 
 tasks = APIRouter(route_class=TaskRoute, responses=ERRORS, tags=["tasks"])  # type: ignore[arg-type]
 
@@ -67,6 +67,7 @@ async def run_classify(request: Request, body: ClassifyRequest, variant: str | N
     model = choose(request, "classify", variant, len(items))
     truncation = parameters.truncation or service.settings.truncation
     timings = Timings()
+    check_lengths(items, service.settings.max_text_chars)
     texts = [text for item in items for text in (item.text, item.text_pair) if text is not None]
     with admit(service, texts) as ticket:
         (rows, cut), timings.tokenize = await service.workers.run(
@@ -86,6 +87,7 @@ async def run_classify(request: Request, body: ClassifyRequest, variant: str | N
 async def run_qa(request: Request, body: QaRequest, variant: str | None) -> Response:
     service, items, parameters = service_of(request), body.items(), body.parameters
     model = choose(request, "qa", variant, len(items))
+    check_lengths(items, service.settings.max_text_chars)
     timings = Timings()
     texts = [text for item in items for text in (item.question, item.context)]
     chars = sum(map(len, texts))
@@ -99,6 +101,13 @@ async def run_qa(request: Request, body: QaRequest, variant: str | None) -> Resp
         answers, timings.postprocess = await service.workers.run(lambda: decode(passages, outputs, body), chars)
         cut = sum(passage.question_cut for passage in passages)
         return reply(request, model, answers, timings, rows, cut, [len(passage.windows) for passage in passages])
+
+
+def check_lengths(items: Sequence[TextPair | Question], most: int) -> None:
+    for i, item in enumerate(items):
+        for name, text in item:
+            if text is not None and len(text) > most:
+                raise TooLong(f"inputs[{i}].{name} has {len(text)} characters; at most {most} are allowed.")
 
 
 def admit(service: Service, texts: list[str]) -> Ticket:
