@@ -71,7 +71,9 @@ async def run_classify(request: Request, body: ClassifyRequest, variant: str | N
     texts = [text for item in items for text in (item.text, item.text_pair) if text is not None]
     with admit(service, texts) as ticket:
         (rows, cut), timings.tokenize = await service.workers.run(
-            lambda: classify.prepare(model.tokenizer, items, truncation, model.max_length), sum(map(len, texts))
+            lambda: classify.prepare(model.tokenizer, items, truncation, model.max_length),
+            sum(map(len, texts)),
+            request.is_disconnected,
         )
         outputs = await infer(request, model, rows, timings, ticket)
         function = parameters.function_to_apply
@@ -95,6 +97,7 @@ async def run_qa(request: Request, body: QaRequest, variant: str | None) -> Resp
         passages, timings.tokenize = await service.workers.run(
             lambda: qa.prepare(model.tokenizer, items, parameters, model.max_length, service.settings.max_windows),
             chars,
+            request.is_disconnected,
         )
         rows = [window.row for passage in passages for window in passage.windows]
         outputs = await infer(request, model, rows, timings, ticket)

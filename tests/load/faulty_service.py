@@ -1,9 +1,14 @@
-"""The service with a fault: an inference of exactly FAULT_TOKENS tokens hangs, or ends its thread, as FAULT says."""
+"""The service with a fault, named by FAULT.
+
+slow : every run takes 20 ms more, so that a queue builds up before a tiny model
+hangs, ends : an inference with a row of exactly FAULT_TOKENS tokens hangs, or ends its thread
+"""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 
 from service.__main__ import main
 from service.model import OnnxModel
@@ -12,7 +17,9 @@ run = OnnxModel.run
 
 
 def faulty(self, rows):
-    if any(len(row) == int(os.environ["FAULT_TOKENS"]) for row in rows):
+    if os.environ["FAULT"] == "slow":
+        time.sleep(0.02)
+    elif any(len(row) == int(os.environ["FAULT_TOKENS"]) for row in rows):
         if os.environ["FAULT"] == "ends":
             raise SystemExit
         threading.Event().wait()
