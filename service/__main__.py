@@ -6,11 +6,11 @@ import logging
 import os
 import sys
 
-from service import logs
+from service import doctor, logs
 from service.app import create_app
 from service.errors import StartError
 from service.server import Server
-from service.settings import Settings, read_options, unknown_variables
+from service.settings import EXIT_USAGE, Settings, read_options, unknown_variables
 
 log = logging.getLogger("service")
 
@@ -21,10 +21,18 @@ SWITCH_SECONDS = 0.001
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = read_options(Settings, argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    examine, show = arguments[:1] == ["doctor"], "--print-config" in arguments
+    settings = read_options(Settings, [word for word in arguments[examine:] if word != "--print-config"])
+    if unknown := unknown_variables(os.environ):
+        print(f"There is no option for {', '.join(unknown)}; --help shows all there are.", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    if show:
+        print(settings.model_dump_json(indent=2))
+        return
+    if examine:
+        sys.exit(0 if doctor.report(settings) else EXIT_START)
     logs.configure(settings.log_level)
-    for name in unknown_variables(os.environ):
-        log.warning("environment variable is no option of the service", extra={"variable": name})
     # The tokenizers library would otherwise start one thread for each CPU of the host.
     os.environ.setdefault("RAYON_NUM_THREADS", str(settings.threads))
     sys.setswitchinterval(SWITCH_SECONDS)

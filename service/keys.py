@@ -19,6 +19,9 @@ class Keys:
     def __init__(self, keys: list[str]) -> None:
         self._digests = [digest(key) for key in keys]
 
+    def __len__(self) -> int:
+        return len(self._digests)
+
     def check(self, authorization: str | None) -> None:
         """Raises Unauthorized unless the header is `Bearer` with one of the keys. Takes as long for any wrong key."""
         if not self._digests:

@@ -18,10 +18,12 @@ from service.state import Service
 
 log = logging.getLogger(__name__)
 
-# Time for requests that are on their way over open connections when the socket stops listening.
+# Time for requests that are on their way when the socket stops listening: over connections that had one before, and
+# over new ones, whose first request must be coming.
 LINGER_SECONDS = 0.3
+LINGER_NEW_SECONDS = 3.0
 # Beyond the drain's own deadline, for its answers to be sent.
-MARGIN_SECONDS = 2
+MARGIN_SECONDS = 6
 
 
 class Server(uvicorn.Server):  # type: ignore[misc]
@@ -69,7 +71,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
     async def _drain(self, grace: float) -> None:
         await asyncio.sleep(grace)
         self.should_exit = True
-        await asyncio.sleep(LINGER_SECONDS + self._service.settings.drain_seconds)
+        await asyncio.sleep(LINGER_SECONDS + LINGER_NEW_SECONDS + self._service.settings.drain_seconds)
         self._service.lifecycle.closed = True
         self._service.engine.fail_all(Draining("The service is ending and had no time left for this request."))
 
@@ -84,7 +86,14 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             for listener in listeners:
                 await self._accept_rest(listener)
         await asyncio.sleep(LINGER_SECONDS)
+        deadline = asyncio.get_running_loop().time() + LINGER_NEW_SECONDS
+        while self._has_new_connections() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(LINGER_SECONDS / 10)
         await super().shutdown(sockets)
+
+    def _has_new_connections(self) -> bool:
+        """Whether over some connection no request has come yet."""
+        return any(getattr(connection, "cycle", None) is None for connection in self.server_state.connections)
 
     async def _accept_rest(self, listener: socket.socket) -> None:
         """Take the connections that the kernel has made already: closing the socket would break them unanswered."""

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 PREFIX = "DSFORMER_"
 EXIT_USAGE = 2
 # Variables with our prefix that other parts of the project read.
 FOREIGN = frozenset({"DSFORMER_ISA"})
+KUBERNETES = re.compile(r"DSFORMER_(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
 CGROUP = Path("/sys/fs/cgroup")
 
 Truncation = Literal["error", "right", "left"]
@@ -50,7 +52,11 @@ def available_cpus(root: Path = CGROUP) -> int:
 
 
 class Settings(BaseSettings):
-    """Serve DSFormer model folders over HTTP."""
+    """Serve DSFormer model folders over HTTP.
+
+    `dsformer-serve doctor` tells what a start would find here; `--print-config` shows the options in force. Both take
+    all options and end.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -130,6 +136,14 @@ class Settings(BaseSettings):
         default="info", description="Least severe log line that is written."
     )
 
+    @model_validator(mode="after")
+    def _patience_ends_after_it_begins(self) -> Settings:
+        if self.hang_seconds <= self.stall_seconds:
+            raise ValueError(
+                f"hang_seconds {self.hang_seconds:g} must be more than stall_seconds {self.stall_seconds:g}"
+            )
+        return self
+
 
 def read_options(kind: type[Options], argv: list[str] | None) -> Options:
     """Options from the arguments (null: the process's own); a mistake is a sentence for each and exit status 2."""
@@ -146,7 +160,10 @@ def sentences(error: ValidationError, prefix: str = PREFIX) -> str:
     """The validation error of the options, one line each, named as flag and, where they have one, as variable."""
     lines = []
     for problem in error.errors():
-        name = str(problem["loc"][0]) if problem["loc"] else "?"
+        if not problem["loc"]:  # of several options together
+            lines.append(f"{problem['msg'].removeprefix('Value error, ')}.")
+            continue
+        name = str(problem["loc"][0])
         flag = name.replace("_", "-").lower()
         variable = f" ({prefix}{name.upper()})" if prefix else ""
         shown = "" if name.lower() == "api_key" else f", got {problem['input']!r}"
@@ -157,8 +174,8 @@ def sentences(error: ValidationError, prefix: str = PREFIX) -> str:
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Variables with our prefix that nobody reads: probably a typing mistake.
 
-    They are reported and not refused: Kubernetes itself sets DSFORMER_SERVICE_HOST and the like in every pod beside a
-    Service of that name.
+    Not those that Kubernetes sets in every pod beside a Service of our name: DSFORMER_SERVICE_HOST and the like.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | FOREIGN
-    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    ours = (name for name in environ if name.startswith(PREFIX) and not KUBERNETES.fullmatch(name))
+    return sorted(name for name in ours if name not in known)
