@@ -27,7 +27,7 @@ MARGIN_SECONDS = 6
 
 
 class Server(uvicorn.Server):  # type: ignore[misc]
-    """Ends with `exit_code` 0 after SIGTERM, SIGINT; another number where the service had to give up."""
+    """Returns from `run` after SIGTERM or SIGINT, once what was accepted has been answered."""
 
     def __init__(self, app: FastAPI) -> None:
         self._service: Service = app.state.service

@@ -219,7 +219,7 @@ def test_a_misspelt_variable_is_refused() -> None:
 def test_options_that_contradict_each_other_are_refused() -> None:
     ended = run("--hang-seconds", "1", "--stall-seconds", "2")
     assert ended.returncode == 2
-    assert ended.stderr.strip() == "hang_seconds 1 must exceed stall_seconds 2."
+    assert ended.stderr.strip() == "hang_seconds 1 must be more than stall_seconds 2."
 
 
 def test_the_options_in_force_can_be_seen_but_no_key() -> None:
