@@ -1,7 +1,7 @@
 """Write the model folder that the service loads, and prove that it computes what the PyTorch model computes.
 
-The folder holds `model.onnx`, `tokenizer.json`, `config.json` and `card.json`, and appears in one step: a full
-disk or a kill leaves the old one as it was. The steps inside the graph are in `compressor.graph`.
+The folder holds `model.onnx`, `tokenizer.json`, `config.json`, `golden.json` and `card.json`, and appears in one step:
+a full disk or a kill leaves the old one as it was. The steps inside the graph are in `compressor.graph`.
 """
 
 import copy
@@ -18,6 +18,7 @@ import tokenizers
 import torch
 from numpy.typing import NDArray
 
+from compressor import golden
 from compressor.data import ClassifyExample, Example, QAExample, Tokenizer
 from compressor.factors import WeightFactors, ratio
 from compressor.files import replaced_folder
@@ -64,16 +65,9 @@ _CONFIG_KEYS = (
     "pad_token_id",
 )
 
-_SENTENCES = (
-    "Yes.",
-    "A charming and often affecting journey.",
-    "The service answers the next request, whatever the last one was, and says in a sentence what was wrong.",
-    "Architecturally, the school has a Catholic character: atop the main building's gold dome is a golden statue, "
-    "and immediately in front of it, facing it, is a copper statue with arms upraised.",
-)
 _CHECK_EXAMPLES: dict[str, list[Example]] = {
-    "classify": [ClassifyExample(text, None, 0) for text in _SENTENCES],
-    "qa": [QAExample(str(i), "What is on top of the dome?", text) for i, text in enumerate(_SENTENCES)],
+    "classify": [ClassifyExample(text, None, 0) for text in golden.SENTENCES],
+    "qa": [QAExample(str(i), golden.QUESTION, text) for i, text in enumerate(golden.SENTENCES)],
 }
 
 
@@ -123,6 +117,7 @@ def export(
         _save_json(folder / "card.json", {**(card or {}), "sizes": measured})
         _check_tokenizer(folder, batch, examples, limit)
         _check_outputs(folder, model, batch, kind, storage, custom_ops)
+        golden.write(folder)
     return measured
 
 

@@ -6,31 +6,46 @@ import logging
 import os
 import sys
 
-import uvicorn
-
-from service import logs
+from service import doctor, logs
 from service.app import create_app
 from service.errors import StartError
-from service.settings import Settings, read_options, unknown_variables
+from service.server import Server
+from service.settings import EXIT_USAGE, Settings, read_options, unknown_variables
 
 log = logging.getLogger("service")
 
 EXIT_START = 1
+EXIT_ENGINE = 4
+# How long one thread may hold the interpreter while others wait; Python's own 5 ms is a request's whole time here.
+SWITCH_SECONDS = 0.001
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = read_options(Settings, argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    examine, show = arguments[:1] == ["doctor"], "--print-config" in arguments
+    settings = read_options(Settings, [word for word in arguments[examine:] if word != "--print-config"])
+    if unknown := unknown_variables(os.environ):
+        print(f"There is no option for {', '.join(unknown)}; --help shows all there are.", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    if show:
+        print(settings.model_dump_json(indent=2))
+        return
+    if examine:
+        sys.exit(0 if doctor.report(settings) else EXIT_START)
     logs.configure(settings.log_level)
-    for name in unknown_variables(os.environ):
-        log.warning("environment variable is no option of the service", extra={"variable": name})
     # The tokenizers library would otherwise start one thread for each CPU of the host.
     os.environ.setdefault("RAYON_NUM_THREADS", str(settings.threads))
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         app = create_app(settings)
     except StartError as error:
         log.critical(str(error))
         sys.exit(EXIT_START)
-    uvicorn.run(app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False)
+    Server(app).run()
+    if app.state.service.lifecycle.crashed:
+        # A thread that hangs in native code would hang or crash an orderly end.
+        logging.shutdown()
+        os._exit(EXIT_ENGINE)
 
 
 if __name__ == "__main__":

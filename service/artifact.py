@@ -1,28 +1,34 @@
 """A model folder on disk, checked before anything in it is used.
 
-    <name>/model.onnx  tokenizer.json  config.json  [card.json]
+    <name>/model.onnx  tokenizer.json  config.json  golden.json  [card.json]
 
-`config.json` is Hugging Face's, with one section "dsformer" of our own. Reading loads no code and asks no network. What
-is wrong becomes a `StartError` that names the folder and the reason.
+`config.json` is Hugging Face's, with one section "dsformer" of our own; `golden.json` signs the other files and says
+what the model must answer. Reading loads no code and asks no network. What is wrong becomes a `StartError` that names
+the folder and the reason.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from service import golden
 from service.errors import StartError
+from service.golden import Golden
 from service.settings import Variant
 
 FORMAT_VERSION = 1
 Task = Literal["classify", "qa"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-FILES = ("model.onnx", "tokenizer.json", "config.json")
+FILES = ("model.onnx", "tokenizer.json", "config.json", golden.FILE)
+CUSTOM_OP = b"DSLinear"
+SIGN = "`python -m compressor.golden FOLDER` writes it"
 # These models number positions from pad_token_id + 1, so they take that many tokens fewer than they have positions.
 OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert"})
 
@@ -71,6 +77,7 @@ class Artifact:
 
     path: Path
     config: Config
+    golden: Golden
 
     @property
     def name(self) -> str:
@@ -118,7 +125,7 @@ def read(path: Path) -> Artifact:
     """Check one model folder and read its configuration."""
     for name in FILES:
         if not (path / name).is_file():
-            raise broken(path, f"{name} is missing")
+            raise broken(path, f"{name} is missing" + (f"; {SIGN}" if name == golden.FILE else ""))
     config = read_config(path)
     found = sha256(path / "model.onnx")
     if found != config.dsformer.sha256:
@@ -127,7 +134,40 @@ def read(path: Path) -> Artifact:
             f"model.onnx has sha256 {found}, config.json says {config.dsformer.sha256}; "
             "the file is damaged or belongs to another folder",
         )
-    return Artifact(path, config)
+    check_op(path, config)
+    return Artifact(path, config, read_golden(path))
+
+
+def read_golden(path: Path) -> Golden:
+    """The folder's golden.json, once the other files are those that it signs."""
+    try:
+        found = Golden.model_validate_json((path / golden.FILE).read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise broken(path, f"{golden.FILE}, {where}: {problem['msg']}; {SIGN} anew") from error
+    for name in ("model.onnx", "tokenizer.json", "config.json"):
+        if found.sha256.get(name) != sha256(path / name):
+            raise broken(
+                path,
+                f"{name} is not the file that {golden.FILE} was made with; if it was changed on purpose, {SIGN} anew",
+            )
+    return found
+
+
+def check_op(path: Path, config: Config) -> None:
+    """A folder says that it is compressed exactly if its graph uses the custom op."""
+    with (path / "model.onnx").open("rb") as file:
+        if path.joinpath("model.onnx").stat().st_size == 0:
+            raise broken(path, "model.onnx is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            has_op = content.find(CUSTOM_OP) >= 0
+    if has_op != (config.dsformer.variant == "dsformer"):
+        raise broken(
+            path,
+            f"config.json says variant {config.dsformer.variant}, but model.onnx "
+            f"{'uses' if has_op else 'does not use'} the op {CUSTOM_OP.decode()}",
+        )
 
 
 def read_config(path: Path) -> Config:

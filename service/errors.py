@@ -2,16 +2,21 @@
 
     StartError                     the service does not start: a sentence on stderr and exit code 1
     ServiceError                   an answer other than 200
-    ├── Malformed            400   not JSON, empty body, empty batch
+    ├── Malformed            400   not JSON, empty body, empty batch, broken compression
+    ├── Unauthorized         401   no API key, or an unknown one
     ├── NotFound             404   no such route or variant
     ├── MethodNotAllowed     405
-    ├── PayloadTooLarge      413   body over max_body_bytes
-    ├── UnsupportedMedia     415   not application/json
+    ├── PayloadTooLarge      413   body over max_body_bytes, compressed or not
+    ├── UnsupportedMedia     415   not application/json, or an unknown Content-Encoding
     ├── Invalid              422   wrong or unknown fields, empty texts, too many inputs
-    │   └── TooLong          422   longer than the model takes, or more windows than allowed
+    │   └── TooLong          422   longer than the model or max_text_chars takes, or more windows than allowed
     ├── TaskUnavailable      424   the variant exists but has no model for this task
+    ├── Overloaded           429   more tokens wait than max_queue_tokens
+    ├── ClientGone           499   never seen by anybody: the client has left
     ├── BackendFailed        500   the model failed or gave NaN
-    └── NotReady             503   before the warm-up ended, or after it failed
+    ├── NotReady             503   before the warm-up ended, after it or the self-test failed, or when inference hangs
+    │   └── Draining         503   after SIGTERM
+    └── DeadlineExceeded     504   waited longer than max_queue_seconds, or the X-Request-Timeout of the request
 
 Every error leaves as {"error", "error_type", "request_id", "detail"}; `error` is a sentence, `detail` a list of
 {"field", "message"} (empty where one sentence says it all). The values of a request are never repeated.
@@ -51,6 +56,11 @@ class Malformed(ServiceError):
     status, error_type = 400, "malformed"
 
 
+class Unauthorized(ServiceError):
+    status, error_type = 401, "unauthorized"
+    headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
+
+
 class NotFound(ServiceError):
     status, error_type = 404, "not_found"
 
@@ -83,6 +93,19 @@ class TaskUnavailable(ServiceError):
     status, error_type = 424, "task_unavailable"
 
 
+class Overloaded(ServiceError):
+    status, error_type = 429, "overloaded"
+
+    def __init__(self, sentence: str, retry_after: int) -> None:
+        super().__init__(sentence)
+        self.headers = {"Retry-After": str(retry_after)}
+
+
+class ClientGone(ServiceError):
+    # No status is sent to a client that has gone; this number, nginx's, stands for it in the metrics and the log.
+    status, error_type = 499, "cancelled"
+
+
 class BackendFailed(ServiceError):
     status, error_type = 500, "backend"
 
@@ -90,6 +113,14 @@ class BackendFailed(ServiceError):
 class NotReady(ServiceError):
     status, error_type = 503, "not_ready"
     headers = MappingProxyType({"Retry-After": "1"})
+
+
+class Draining(NotReady):
+    error_type = "draining"
+
+
+class DeadlineExceeded(ServiceError):
+    status, error_type = 504, "deadline"
 
 
 def response(error: ServiceError, request_id: str) -> Response:
@@ -107,15 +138,16 @@ def response(error: ServiceError, request_id: str) -> Response:
 
 
 def from_validation(problems: Sequence[Mapping[str, Any]], tags: frozenset[str]) -> ServiceError:
-    """What FastAPI found wrong with a body, in sentences.
+    """What pydantic found wrong with a body, in sentences.
 
     tags : names of union members in the error's location, which are no fields of the request
     """
     first = problems[0]
     if first["type"] == "json_invalid":
-        return Malformed(f"The body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}.")
-    if first["type"] == "missing" and tuple(first["loc"]) == ("body",):
-        return Malformed("The body is empty; send a JSON object.")
+        reason = str(first["ctx"]["error"])
+        if reason.startswith("recursion"):
+            return Malformed("The body is not valid JSON, or is nested too deeply.")
+        return Malformed(f"The body is not valid JSON: {reason}.")
     detail = [{"field": field(p["loc"], tags), "message": message(p)} for p in problems[:MAX_DETAILS]]
     where = detail[0]["field"] or "The body"
     more = f" ({len(problems) - 1} more in detail.)" if len(problems) > 1 else ""
@@ -127,18 +159,17 @@ def message(problem: Mapping[str, Any]) -> str:
     known = {
         "missing": "this field is required",
         "extra_forbidden": "there is no such field",
-        "model_attributes_type": "expected a JSON object",
-        "string_unicode": "the text holds a lone surrogate, which is no character",
+        "model_type": "expected a JSON object",
     }
     text = known.get(problem["type"], str(problem["msg"]))
     return text[:1].lower() + text[1:]
 
 
 def field(location: Sequence[str | int], tags: frozenset[str]) -> str:
-    """('body', 'inputs', 0, 'text') → 'inputs[0].text'."""
+    """('inputs', 0, 'text') → 'inputs[0].text'."""
     path = ""
     for part in location:
-        if part in tags or (part == "body" and not path):
+        if part in tags:
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path[:MAX_FIELD_CHARS]

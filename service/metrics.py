@@ -7,12 +7,15 @@ alerts work before the first error.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
 
-from service.engine import Timings
+from service.engine import Batch, Timings
 from service.model import RUNTIME_VERSION, OnnxModel
 from service.registry import TASKS, Registry
 
@@ -23,7 +26,8 @@ TOKENS = tuple(float(2**k) for k in range(2, 21))
 WINDOWS = tuple(float(2**k) for k in range(0, 11))
 
 STAGES = ("tokenize", "queue", "infer", "postprocess")
-OUTCOMES = ("ok", "invalid", "cancelled", "not_ready", "error")
+OUTCOMES = ("ok", "invalid", "overloaded", "deadline", "cancelled", "not_ready", "error")
+PADDING = ("real", "padding")
 # The variant of a request that was refused before it was known which one it asks for.
 NO_VARIANT = "none"
 
@@ -35,12 +39,25 @@ def version() -> str:
         return "unknown"  # run from a checkout that was never installed
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What a successful request leaves to be counted."""
+
+    task: str
+    variant: str
+    timings: Timings
+    tokens: int
+    truncated: int  # inputs that were cut
+    windows: Sequence[int]  # of each context
+
+
 class Metrics:
-    def __init__(self, models: Registry, threads: int, isa: str) -> None:
+    def __init__(self, models: Registry, threads: int, isa: str, max_queue_tokens: int) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         which = ["task", "variant"]
         self._requests = Counter(
             "dsformer_requests", "Requests to a task, by outcome.", [*which, "outcome"], registry=registry
@@ -80,6 +97,31 @@ class Metrics:
             "dsformer_truncated_inputs", "Inputs of which a part was cut off.", ["task"], registry=registry
         )
         self._ready = Gauge("dsformer_model_ready", "1 once the model is warmed up.", which, registry=registry)
+        self._selftest = Gauge(
+            "dsformer_selftest_max_abs_error",
+            "Largest difference of a logit from golden.json at the start; NaN before.",
+            which,
+            registry=registry,
+        )
+        self._batches = Histogram(
+            "dsformer_batch_infer_duration_seconds", "One run of a model.", which, buckets=FINE, registry=registry
+        )
+        self._batch_items = Histogram(
+            "dsformer_batch_items", "Rows in one run of a model.", which, buckets=WINDOWS, registry=registry
+        )
+        self._batch_tokens = Histogram(
+            "dsformer_batch_tokens", "Tokens in one run, padding included.", which, buckets=TOKENS, registry=registry
+        )
+        self._run_tokens = Counter(
+            "dsformer_tokens", "Tokens that ran; padding is waste.", [*which, "kind"], registry=registry
+        )
+        self._queue_items = Gauge("dsformer_queue_items", "Rows that wait for a run.", which, registry=registry)
+        self._queue_tokens = Gauge("dsformer_queue_tokens", "Tokens that wait for a run.", which, registry=registry)
+        self._inflight = Gauge("dsformer_inflight_requests", "Admitted and not answered.", registry=registry)
+        self._admitted = Gauge("dsformer_admitted_tokens", "Tokens of the requests in flight.", registry=registry)
+        Gauge(
+            "dsformer_queue_limit_tokens", "Most tokens of the requests in flight; above it 429.", registry=registry
+        ).set(max_queue_tokens)
         self._describe(models, threads, isa)
         for task in TASKS:
             for variant in models.of_task(task):
@@ -90,30 +132,56 @@ class Metrics:
             self._truncated.labels(task)
         self._windows.labels("qa")
 
-    def answered(self, task: str, variant: str, timings: Timings, tokens: int, truncated: int) -> None:
+    def answered(self, done: Answered) -> None:
         for stage in STAGES:
-            self._stages.labels(task, variant, stage).observe(getattr(timings, stage))
-        self._tokens.labels(task).observe(tokens)
-        self._truncated.labels(task).inc(truncated)
-
-    def windows(self, count: int) -> None:
-        self._windows.labels("qa").observe(count)
+            self._child(self._stages, done.task, done.variant, stage).observe(getattr(done.timings, stage))
+        self._child(self._tokens, done.task).observe(done.tokens)
+        if done.truncated:
+            self._truncated.labels(done.task).inc(done.truncated)
+        for count in done.windows:
+            self._child(self._windows, "qa").observe(count)
 
     def request(self, task: str, variant: str | None, outcome: str, seconds: float) -> None:
-        self._requests.labels(task, variant or NO_VARIANT, outcome).inc()
+        self._child(self._requests, task, variant or NO_VARIANT, outcome).inc()
         if outcome == "ok" and variant is not None:
-            self._duration.labels(task, variant).observe(seconds)
+            self._child(self._duration, task, variant).observe(seconds)
 
     def response(self, route: str, method: str, code: int) -> None:
-        self._responses.labels(route, method, str(code)).inc()
+        self._child(self._responses, route, method, str(code)).inc()
 
-    def ready(self, model: OnnxModel) -> None:
-        self._ready.labels(model.artifact.task, model.artifact.variant).set(1)
+    def ready(self, model: OnnxModel, selftest_error: float) -> None:
+        which = model.artifact.task, model.artifact.variant
+        self._ready.labels(*which).set(1)
+        self._selftest.labels(*which).set(selftest_error)
+
+    def batch(self, batch: Batch) -> None:
+        which = batch.model.artifact.task, batch.model.artifact.variant
+        self._child(self._batches, *which).observe(batch.seconds)
+        self._child(self._batch_items, *which).observe(len(batch.items))
+        self._child(self._batch_tokens, *which).observe(batch.padded_tokens)
+        self._child(self._run_tokens, *which, "real").inc(batch.tokens)
+        self._child(self._run_tokens, *which, "padding").inc(batch.padded_tokens - batch.tokens)
+
+    def load(self, requests: int, tokens: int) -> None:
+        self._inflight.set(requests)
+        self._admitted.set(tokens)
+
+    def queue(self, model: OnnxModel, items: int, tokens: int) -> None:
+        which = model.artifact.task, model.artifact.variant
+        self._queue_items.labels(*which).set(items)
+        self._queue_tokens.labels(*which).set(tokens)
 
     def expect(self, route: str, method: str, codes: tuple[int, ...]) -> None:
         """Let the response counters of a route exist at 0."""
         for code in codes:
             self._responses.labels(route, method, str(code))
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        """metric.labels(*labels), which takes longer than all else that is done to a metric."""
+        found = self._children.get((metric, labels))
+        if found is None:
+            found = self._children[metric, labels] = metric.labels(*labels)
+        return found
 
     def _init(self, task: str, variant: str) -> None:
         for outcome in OUTCOMES:
@@ -122,6 +190,13 @@ class Metrics:
             self._stages.labels(task, variant, stage)
         self._duration.labels(task, variant)
         self._ready.labels(task, variant)
+        self._selftest.labels(task, variant).set(float("nan"))
+        for histogram in (self._batches, self._batch_items, self._batch_tokens):
+            histogram.labels(task, variant)
+        for kind in PADDING:
+            self._run_tokens.labels(task, variant, kind)
+        self._queue_items.labels(task, variant)
+        self._queue_tokens.labels(task, variant)
 
     def _describe(self, models: Registry, threads: int, isa: str) -> None:
         """What is loaded, as constants."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 import kernels
+from service import golden
 from service.artifact import Artifact, broken
 from service.errors import BackendFailed, StartError
 from service.tokenizer import Row, Tokenizer
@@ -33,8 +34,11 @@ class OnnxModel:
         self.tokenizer = Tokenizer(artifact.tokenizer_path)
         self._session = open_session(artifact, threads)
         self._inputs = self._checked_inputs()
-        self._outputs = OUTPUTS[artifact.task]
+        self.outputs = OUTPUTS[artifact.task]
         self._check_run()
+        wrong = golden.wrong_tokens(artifact.golden, self.tokenizer)
+        if wrong:
+            raise broken(artifact.path, wrong)
         self.load_seconds = time.perf_counter() - began
 
     def run(self, rows: Sequence[Row]) -> list[Logits]:
@@ -43,7 +47,7 @@ class OnnxModel:
         Returns one array per output of the task: `logits` (n, labels), or `start_logits` and `end_logits` (n, T).
         """
         try:
-            outputs = self._session.run(self._outputs, self.feed(rows))
+            outputs = self._session.run(self.outputs, self.feed(rows))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise BackendFailed(f"The model {self.artifact.name} failed: {error}") from error
         if not all(np.isfinite(output).all() for output in outputs):
@@ -79,7 +83,7 @@ class OnnxModel:
         except BackendFailed as error:
             raise broken(self.artifact.path, f"a trial run failed: {error.sentence.rstrip('.')}") from error
         width = len(self.artifact.labels) if self.artifact.task == "classify" else len(row)
-        for name, output in zip(self._outputs, outputs, strict=True):
+        for name, output in zip(self.outputs, outputs, strict=True):
             if output.shape != (2, width):
                 raise broken(
                     self.artifact.path,

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 PREFIX = "DSFORMER_"
 EXIT_USAGE = 2
 # Variables with our prefix that other parts of the project read.
 FOREIGN = frozenset({"DSFORMER_ISA"})
+KUBERNETES = re.compile(r"DSFORMER_(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
 CGROUP = Path("/sys/fs/cgroup")
 
 Truncation = Literal["error", "right", "left"]
@@ -51,7 +53,11 @@ def available_cpus(root: Path = CGROUP) -> int:
 
 
 class Settings(BaseSettings):
-    """Serve DSFormer model folders over HTTP."""
+    """Serve DSFormer model folders over HTTP.
+
+    `dsformer-serve doctor` tells what a start would find here; `--print-config` shows the options in force. Both take
+    all options and end.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -80,6 +86,9 @@ class Settings(BaseSettings):
         description="What happens to a text longer than the model takes, unless the request says so itself.",
     )
     max_body_bytes: int = Field(default=2 * 1024 * 1024, ge=1, description="Largest request body; above it 413.")
+    max_text_chars: int = Field(
+        default=2**20, ge=1, description="Most characters of one text, question or context; above it 422."
+    )
     max_batch_items: int = Field(default=64, ge=1, description="Most inputs in one request; above it 422.")
     max_windows: int = Field(
         default=256, ge=1, description="Most windows that the contexts of one request may need; above it 422."
@@ -89,9 +98,52 @@ class Settings(BaseSettings):
     max_batch_tokens: int = Field(
         default=1024, ge=1, description="Most tokens, padding included, in one run of a model; bounds memory."
     )
+    max_queue_tokens: int = Field(
+        default=65536, ge=1, description="Most tokens of all admitted requests together; above it 429 with Retry-After."
+    )
+    max_queue_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="Longest wait for inference; then 504. The header X-Request-Timeout shortens it for one request.",
+    )
+    grace_seconds: float = Field(
+        default=1.0,
+        ge=0,
+        le=600,
+        description="After SIGTERM /readyz says 503, and for so long new requests are still served.",
+    )
+    drain_seconds: float = Field(
+        default=20.0,
+        ge=0,
+        le=3600,
+        description="Time for requests in progress after that; those left over get 503, and the process ends with 0.",
+    )
+    stall_seconds: float = Field(
+        default=1.5,
+        gt=0,
+        description="An inference that takes longer, and 4 times as long as any of the warm-up, makes /readyz say 503.",
+    )
+    hang_seconds: float = Field(
+        default=30.0, gt=0, description="An inference that takes longer than this ends the process with status 4."
+    )
+    api_key: SecretStr | None = Field(
+        default=None,
+        description="Key that requests must send as Authorization: Bearer KEY; probes and /metrics stay open. Better "
+        "given by the variable or the file: flags can be read by other users of the computer.",
+    )
+    api_key_file: Path | None = Field(default=None, description="File with more such keys, one in a line.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe log line that is written."
     )
+
+    @model_validator(mode="after")
+    def _patience_ends_after_it_begins(self) -> Settings:
+        if self.hang_seconds <= self.stall_seconds:
+            raise ValueError(
+                f"hang_seconds {self.hang_seconds:g} must be more than stall_seconds {self.stall_seconds:g}"
+            )
+        return self
 
 
 def read_options(kind: type[Options], argv: list[str] | None) -> Options:
@@ -109,18 +161,22 @@ def sentences(error: ValidationError, prefix: str = PREFIX) -> str:
     """The validation error of the options, one line each, named as flag and, where they have one, as variable."""
     lines = []
     for problem in error.errors():
-        name = str(problem["loc"][0]) if problem["loc"] else "?"
+        if not problem["loc"]:  # of several options together
+            lines.append(f"{problem['msg'].removeprefix('Value error, ')}.")
+            continue
+        name = str(problem["loc"][0])
         flag = name.replace("_", "-").lower()
         variable = f" ({prefix}{name.upper()})" if prefix else ""
-        lines.append(f"--{flag}{variable}: {problem['msg']}, got {problem['input']!r}.")
+        shown = "" if name.lower() == "api_key" else f", got {problem['input']!r}"
+        lines.append(f"--{flag}{variable}: {problem['msg']}{shown}.")
     return "\n".join(lines)
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Variables with our prefix that nobody reads: probably a typing mistake.
 
-    They are reported and not refused: Kubernetes itself sets DSFORMER_SERVICE_HOST and the like in every pod beside a
-    Service of that name.
+    Not those that Kubernetes sets in every pod beside a Service of our name: DSFORMER_SERVICE_HOST and the like.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | FOREIGN
-    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    ours = (name for name in environ if name.startswith(PREFIX) and not KUBERNETES.fullmatch(name))
+    return sorted(name for name in ours if name not in known)

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +303,7 @@ def test_the_folder_describes_itself(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == [
         "card.json",
         "config.json",
+        "golden.json",
         "model.onnx",
         "tokenizer.json",
     ]
@@ -444,3 +447,23 @@ def test_a_question_answering_folder_measures_like_its_model(tmp_path: Path) -> 
     expected = evaluate_model(model, tokenizer, find_task("squad"), examples)
     assert expected["f1"] > 0
     assert evaluate_folder(tmp_path / "out", find_task("squad"), examples, threads=1) == expected
+
+
+def test_the_stored_answers_are_those_of_the_scalar_tier(tmp_path: Path) -> None:
+    model = make_model("bert")
+    out = tmp_path / "out"
+    export(model, make_tokenizer(), factorize(model), out, config_entry=entry(variant="dsformer"), storage="int8")
+    before = (out / "golden.json").read_text()
+    stored = json.loads(before)
+    assert stored["reference"].startswith("tier scalar")
+    assert stored["sha256"]["model.onnx"] == json.loads((out / "config.json").read_text())["dsformer"]["sha256"]
+    session = open_session(out / "model.onnx")  # of whatever tier this processor has
+    for row in stored["rows"]:
+        ids = np.array([row["input_ids"]], np.int64)
+        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        known = {node.name for node in session.get_inputs()}
+        (logits,) = session.run(["logits"], {name: value for name, value in feed.items() if name in known})
+        np.testing.assert_allclose(logits[0], row["logits"], atol=stored["tolerance"])
+    done = subprocess.run([sys.executable, "-m", "compressor.golden", str(out)], check=False)
+    assert done.returncode == 0
+    assert (out / "golden.json").read_text() == before

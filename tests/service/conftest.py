@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
+from compressor import golden
 from service.app import create_app
 from service.settings import Settings
 
@@ -162,6 +163,7 @@ def write_model_folder(
     if task == "classify":
         config |= {"id2label": {str(i): label for i, label in enumerate(labels)}, "problem_type": problem_type}
     (folder / "config.json").write_text(json.dumps(config))
+    golden.write_here(folder)
     return folder
 
 

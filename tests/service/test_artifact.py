@@ -27,6 +27,14 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
+    sign(folder)
+
+
+def sign(folder: Path) -> None:
+    """Let golden.json agree with the files again, so that a test sees what else is wrong."""
+    signed = json.loads((folder / "golden.json").read_text())
+    signed["sha256"] = {name: artifact.sha256(folder / name) for name in signed["sha256"]}
+    (folder / "golden.json").write_text(json.dumps(signed))
 
 
 def edit_graph(folder: Path, change: Callable[[onnx.ModelProto], object]) -> None:
@@ -95,6 +103,48 @@ def test_wrong_config(folder: Path, change: Callable[[dict[str, Any]], object], 
         start(folder)
 
 
+def test_a_folder_without_stored_answers(folder: Path) -> None:
+    (folder / "golden.json").unlink()
+    with pytest.raises(StartError, match=r"mine: golden\.json is missing; .*python -m compressor\.golden"):
+        start(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"tolerance": 0.1, "sha256": {}, "rows": []}', "\udcff"])
+def test_stored_answers_that_are_none(folder: Path, text: str) -> None:
+    (folder / "golden.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(StartError, match=r"mine: golden\.json"):
+        start(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_file_that_was_changed(folder: Path, name: str) -> None:
+    with (folder / name).open("a") as file:
+        file.write(" ")
+    with pytest.raises(StartError, match=rf"mine: {name} is not the file that golden\.json was made with"):
+        start(folder)
+
+
+def test_a_tokenizer_that_splits_otherwise(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    sign(folder)
+    with pytest.raises(StartError, match=r"mine: the tokenizer splits row \d of golden\.json otherwise"):
+        start(folder)
+
+
+@pytest.mark.parametrize(("said", "made"), [("dense", "dsformer"), ("dsformer", "dense")])
+def test_a_variant_that_the_graph_is_not(
+    tmp_path: Path, write_folder: Callable[..., Path], said: str, made: str
+) -> None:
+    folder = write_folder(tmp_path / "mine", "qa", made)
+    edit(folder, lambda c: c["dsformer"].update(variant=said))
+    with pytest.raises(
+        StartError, match=rf"mine: config\.json says variant {said}, but model\.onnx .* the op DSLinear"
+    ):
+        start(folder)
+
+
 def test_model_file_that_is_no_onnx(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(b"not a model")
     edit(folder, lambda c: c["dsformer"].update(sha256=artifact.sha256(folder / "model.onnx")))
@@ -104,6 +154,7 @@ def test_model_file_that_is_no_onnx(folder: Path) -> None:
 
 def test_tokenizer_that_is_no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
+    sign(folder)
     with pytest.raises(StartError, match=r"mine: tokenizer\.json cannot be read"):
         start(folder)
 
@@ -167,7 +218,7 @@ def test_a_missing_kernel_library_stops_the_start(
     def missing() -> str:
         raise FileNotFoundError("libdsformer.so is not built: run this")
 
-    monkeypatch.setattr("kernels.library_path", missing)
     write_folder(tmp_path / "fast", "qa", "dsformer")
+    monkeypatch.setattr("kernels.library_path", missing)
     with pytest.raises(StartError, match=r"fast: model\.onnx cannot be loaded: libdsformer\.so is not built"):
         start(tmp_path / "fast")

@@ -1,21 +1,254 @@
-"""Cutting rows into runs."""
+"""Batching: every row runs once, within the budget, in fair turns, and everybody gets their own answer."""
 
 from __future__ import annotations
 
-from hypothesis import given
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine import plan
+from service.admission import Admission, estimate
+from service.batching import MAX_PADDING_SHARE, WINDOW_ROWS, JobQueue, choose
+from service.engine import Batch, Engine, Timings
+from service.errors import BackendFailed, ClientGone, DeadlineExceeded, Overloaded
+from service.tokenizer import Row
+
+lengths_of_rows = st.lists(st.integers(1, 600), min_size=1, max_size=40)
 
 
-@given(lengths=st.lists(st.integers(1, 600), max_size=80), budget=st.integers(1, 3000))
-def test_every_row_runs_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    batches = plan(lengths, budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        padded = len(batch) * max(lengths[i] for i in batch)
-        assert padded <= budget or len(batch) == 1
+@dataclass(eq=False)
+class FakeJob:
+    lengths: list[int]
+    alone: bool = False
+    waiting: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+
+
+class FakeModel:
+    """Answers each row with its own tokens; slow where told, failing on some tokens. Notes each batch."""
+
+    def __init__(self, seconds: float = 0.0, poison: int = -1) -> None:
+        self.seconds, self.poison = seconds, poison
+        self.batches: list[list[Row]] = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def run(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        self.go.wait(10)
+        self.batches.append(list(rows))
+        time.sleep(self.seconds)
+        if any(self.poison in row.ids for row in rows):
+            raise BackendFailed("The model failed.")
+        return [np.array([[row.ids[0], len(row)] for row in rows], np.float32)]
+
+
+def row(number: int, length: int) -> Row:
+    return Row(np.full(length, number, np.int64), np.zeros(length, np.int64))
+
+
+def check(outputs: Sequence[Sequence[np.ndarray]], rows: Sequence[Row]) -> None:
+    assert [(int(o[0]), int(o[1])) for (o,) in outputs] == [(r.ids[0], len(r)) for r in rows]
+
+
+def engine(budget: int = 1024, seen: list[Batch] | None = None) -> Engine:
+    return Engine(budget, [].append if seen is None else seen.append)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+@given(lengths=lengths_of_rows, budget=st.integers(1, 3000))
+def test_a_batch_holds_the_first_row_and_keeps_to_budget_and_padding(lengths: list[int], budget: int) -> None:
+    chosen = choose(lengths, budget)
+    assert 0 in chosen
+    assert len(set(chosen)) == len(chosen)
+    padded = len(chosen) * max(lengths[i] for i in chosen)
+    assert padded <= budget or chosen == [0]
+    assert padded - sum(lengths[i] for i in chosen) <= MAX_PADDING_SHARE * padded
+
+
+@given(jobs=st.lists(lengths_of_rows, max_size=12), budget=st.integers(1, 3000))
+def test_every_row_is_taken_once(jobs: list[list[int]], budget: int) -> None:
+    queue: JobQueue[FakeJob] = JobQueue(budget)
+    made = [FakeJob(lengths) for lengths in jobs]
+    for job in made:
+        queue.add(job)
+    taken = []
+    while batch := queue.take():
+        taken += batch
+    assert sorted((made.index(job), r) for job, r in taken) == [
+        (i, r) for i, lengths in enumerate(jobs) for r in range(len(lengths))
+    ]
 
 
 def test_similar_lengths_run_together() -> None:
-    assert plan([5, 100, 6, 99], 200) == [[1, 3], [2, 0]]
+    queue: JobQueue[FakeJob] = JobQueue(200)
+    for length in (5, 100, 6, 99):
+        queue.add(FakeJob([length]))
+    batches = [[job.lengths[r] for job, r in queue.take()] for _ in range(2)]
+    assert batches == [[5, 6], [99, 100]]
+
+
+def test_a_short_text_waits_for_one_batch_of_a_long_context_not_for_all() -> None:
+    queue: JobQueue[FakeJob] = JobQueue(1024)
+    queue.add(FakeJob([384] * 100))
+    queue.add(FakeJob([12]))
+    assert [job.lengths[r] for job, r in queue.take()] == [384, 384]
+    assert [job.lengths[r] for job, r in queue.take()] == [12]
+
+
+def test_windows_of_two_requests_share_a_batch() -> None:
+    queue: JobQueue[FakeJob] = JobQueue(2048)
+    made = [FakeJob([384, 384, 384]), FakeJob([384, 384])]
+    for job in made:
+        queue.add(job)
+    assert {made.index(job) for job, _ in queue.take()} == {0, 1}
+
+
+def test_the_window_is_bounded() -> None:
+    queue: JobQueue[FakeJob] = JobQueue(10**9)
+    for _ in range(3 * WINDOW_ROWS):
+        queue.add(FakeJob([8]))
+    assert len(queue.take()) == WINDOW_ROWS
+
+
+# -------------------------------------------------------------------------------------------------------------- engine
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    jobs=st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=8), min_size=1, max_size=30),
+    budget=st.integers(1, 1024),
+)
+def test_everybody_gets_their_own_answer_once(jobs: list[list[int]], budget: int) -> None:
+    seen: list[Batch] = []
+    models = [FakeModel(), FakeModel()]
+
+    async def one(tested: Engine, number: int, lengths: list[int]) -> None:
+        rows = [row(100 * number + i, length) for i, length in enumerate(lengths)]
+        timings = Timings()
+        check(await tested.infer(models[number % 2], rows, timings), rows)
+        assert timings.infer >= 0
+        assert timings.queue >= 0
+
+    async def all_of_them() -> None:
+        tested = engine(budget, seen)
+        await asyncio.gather(*(one(tested, i, lengths) for i, lengths in enumerate(jobs)))
+        tested.close()
+
+    asyncio.run(all_of_them())
+    ran = [int(r.ids[0]) for model in models for batch in model.batches for r in batch]
+    assert sorted(ran) == sorted(100 * i + j for i, lengths in enumerate(jobs) for j in range(len(lengths)))
+    assert sum(len(batch.items) for batch in seen) == len(ran)
+    for batch in seen:
+        assert batch.padded_tokens <= budget or len(batch.items) == 1
+
+
+def test_what_comes_while_a_batch_runs_is_the_next_batch() -> None:
+    model = FakeModel()
+
+    async def main() -> None:
+        tested = engine()
+        model.go.clear()
+        waiting = []
+        for i in range(9):
+            waiting.append(asyncio.create_task(tested.infer(model, [row(i, 10)])))
+            await asyncio.sleep(0.02)
+        assert tested.queued(model) == (8, 80)
+        model.go.set()
+        await asyncio.gather(*waiting)
+        tested.close()
+
+    asyncio.run(main())
+    assert [len(batch) for batch in model.batches] == [1, 8]
+
+
+def test_one_bad_request_spoils_no_other() -> None:
+    model = FakeModel(poison=5)
+
+    async def main() -> list[object]:
+        tested = engine()
+        model.go.clear()
+        waiting = [asyncio.create_task(tested.infer(model, [row(i, 10), row(i, 11)])) for i in range(9)]
+        await asyncio.sleep(0.05)
+        model.go.set()
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        tested.close()
+        return found
+
+    for i, answer in enumerate(asyncio.run(main())):
+        if i == 5:
+            assert isinstance(answer, BackendFailed)
+        else:
+            check(answer, [row(i, 10), row(i, 11)])
+
+
+def test_what_is_too_late_or_has_no_client_never_runs() -> None:
+    model = FakeModel()
+
+    async def main() -> list[object]:
+        tested = engine()
+        model.go.clear()
+        left = asyncio.Event()
+        first = asyncio.create_task(tested.infer(model, [row(1, 10)], seconds=0.1))
+        await asyncio.sleep(0.02)
+        late = asyncio.create_task(tested.infer(model, [row(2, 10)], seconds=0.1))
+        gone = asyncio.create_task(tested.infer(model, [row(3, 10)], gone=left.wait))
+        stays = asyncio.create_task(tested.infer(model, [row(4, 10)], seconds=30, gone=asyncio.Event().wait))
+        left.set()
+        await asyncio.sleep(0.3)
+        assert late.done()
+        assert gone.done()
+        model.go.set()
+        found = await asyncio.gather(first, late, gone, stays, return_exceptions=True)
+        tested.close()
+        return found
+
+    first, late, gone, stays = asyncio.run(main())
+    check(first, [row(1, 10)])  # it had begun
+    assert isinstance(late, DeadlineExceeded)
+    assert isinstance(gone, ClientGone)
+    check(stays, [row(4, 10)])
+    assert [[int(r.ids[0]) for r in batch] for batch in model.batches] == [[1], [4]]
+
+
+# ----------------------------------------------------------------------------------------------------------- admission
+
+
+@given(costs=st.lists(st.integers(1, 50), max_size=60), limit=st.integers(1, 200))
+def test_the_limit_holds_and_a_request_alone_always_gets_in(costs: list[int], limit: int) -> None:
+    admission = Admission(limit)
+    inside = []
+    for cost in costs:
+        try:
+            inside.append(admission.enter(cost, 10.0))
+        except Overloaded:
+            assert inside
+            assert admission.tokens + cost > limit
+            for ticket in inside:
+                ticket.__exit__(None, None, None)
+            inside = []
+        assert admission.tokens <= limit or len(inside) == 1
+        assert admission.requests == len(inside)
+
+
+def test_retry_after_is_the_time_that_the_queue_takes() -> None:
+    admission = Admission(1000)
+    admission.enter(10, 0).settle(900)
+    with pytest.raises(Overloaded) as caught:
+        admission.enter(200, 100.0)
+    assert caught.value.headers["Retry-After"] == "9"
+    assert admission.tokens == 900
+
+
+def test_estimates_are_near() -> None:
+    assert 8 <= estimate(["the film is good and so is the cast"]) <= 14
+    assert estimate(["東京は日本の首都です"]) == 9

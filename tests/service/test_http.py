@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
+import time
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,10 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.errors import BackendFailed
+from service.app import create_app
+from service.errors import BackendFailed, StartError
 from service.model import OnnxModel
+from service.settings import Settings
 
 JSON = {"content-type": "application/json"}
 QA = {"question": "Where does Clara live?", "context": "Clara lives in Berkeley."}
@@ -116,15 +122,16 @@ def test_wrong_numbers_of_qa(client: TestClient, field: str, value: object) -> N
     check_error(client.post("/qa", content=body, headers=JSON), 422, "validation")
 
 
-def test_lone_surrogates(client: TestClient) -> None:
-    body = rb'{"inputs": ["good", "bad \ud800"]}'
-    check_error(
-        client.post("/classify", content=body, headers=JSON), 422, "validation", "inputs[1]: the text holds a lone"
-    )
-    body = rb'{"inputs": {"question": "\udfff", "context": "a"}}'
-    check_error(client.post("/qa", content=body, headers=JSON), 422, "validation", "inputs.question: the text holds")
-    body = rb'{"inputs": "good", "\ud800": 1}'
-    check_error(client.post("/classify", content=body, headers=JSON), 422, "validation", "lone surrogate")
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/classify", rb'{"inputs": ["good", "bad \ud800"]}'),
+        ("/qa", rb'{"inputs": {"question": "\udfff", "context": "a"}}'),
+        ("/classify", rb'{"inputs": "good", "\ud800": 1}'),
+    ],
+)
+def test_lone_surrogates(client: TestClient, path: str, body: bytes) -> None:
+    check_error(client.post(path, content=body, headers=JSON), 400, "malformed", "hex escape")
 
 
 def test_nul_among_words_is_no_word(client: TestClient) -> None:
@@ -168,6 +175,91 @@ def test_body_over_the_cap(models: Path, make_client: Callable[..., TestClient],
             check_error(small.post("/classify", content=body, headers=JSON), 413, "payload_too_large", "1000 bytes")
         # Not JSON either, but size is looked at first.
         check_error(small.post("/classify", content=b"{" * 2000, headers=JSON), 413, "payload_too_large")
+
+
+@pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("Deflate", zlib.compress)])
+def test_compressed_bodies(client: TestClient, encoding: str, pack: Callable[[bytes], bytes]) -> None:
+    headers = {**JSON, "content-encoding": encoding}
+    packed = pack(json.dumps({"inputs": "the film is good"}).encode())
+    answer = client.post("/classify", content=packed, headers=headers)
+    assert answer.json() == client.post("/classify", json={"inputs": "the film is good"}).json()
+    check_error(client.post("/classify", content=packed[:-3], headers=headers), 400, "malformed", "cut off")
+    check_error(client.post("/classify", content=packed + b"x", headers=headers), 400, "malformed", "follows")
+    check_error(client.post("/classify", content=b"{}", headers=headers), 400, "malformed", "Content-Encoding")
+    check_error(client.post("/classify", content=pack(b" "), headers=headers), 400, "malformed", "empty")
+    bomb = pack(b" " * 100_000_000)
+    assert len(bomb) < 200_000
+    check_error(client.post("/classify", content=bomb, headers=headers), 413, "payload_too_large", "decompressed")
+
+
+def test_an_unknown_encoding(client: TestClient) -> None:
+    headers = {**JSON, "content-encoding": "br"}
+    check_error(client.post("/classify", content=b"{}", headers=headers), 415, "media_type", "gzip")
+
+
+def test_a_text_over_the_cap(models: Path, make_client: Callable[..., TestClient]) -> None:
+    with make_client(models / "tiny-qa-dense", max_text_chars=100) as small:
+        assert small.post("/qa", json={"inputs": {"question": "a" * 100, "context": "a"}}).status_code == 200
+        response = small.post("/qa", json={"inputs": [QA, {"question": "a", "context": "a" * 101}]})
+        check_error(response, 422, "too_long", "inputs[1].context has 101 characters; at most 100")
+
+
+def test_only_who_has_a_key_is_answered(
+    models: Path, tmp_path: Path, make_client: Callable[..., TestClient], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = "first-secret-key-1", "second-secret-key-2"
+    (tmp_path / "keys").write_text(f"# of the tests\n{other}\n")
+    with (
+        caplog.at_level(logging.DEBUG),
+        make_client(models / "tiny-qa-dense", api_key=one, api_key_file=tmp_path / "keys") as client,
+    ):
+        for key in (one, other):
+            headers = {"authorization": f"Bearer {key}"}
+            assert client.post("/qa", json={"inputs": QA}, headers=headers).status_code == 200
+        for sent in ({}, {"authorization": f"Basic {one}"}, {"authorization": "Bearer wrong"}, {"authorization": one}):
+            refused = client.post("/qa", json={"inputs": QA}, headers=sent)
+            check_error(refused, 401, "unauthorized", "Bearer")
+            assert refused.headers["www-authenticate"] == "Bearer"
+        for open_to_all in ("/livez", "/readyz", "/health", "/metrics", "/info"):
+            answer = client.get(open_to_all)
+            assert answer.status_code == 200
+            assert "secret-key" not in answer.text
+    assert "secret-key" not in caplog.text
+    assert all("secret-key" not in str(vars(record)) for record in caplog.records)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "short\n", None])
+def test_a_file_of_keys_that_is_none(models: Path, tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "keys").write_text(text)
+    with pytest.raises(StartError, match="API key"):
+        create_app(Settings(models=models / "tiny-qa-dense", threads=1, api_key_file=tmp_path / "keys"))
+
+
+def test_full(client: TestClient) -> None:
+    admission = client.app.state.service.admission
+    with admission.enter(10 * admission.limit_tokens, 1.0):
+        for inputs in ("good", ["good"] * 3):
+            response = client.post("/classify", json={"inputs": inputs})
+            check_error(response, 429, "overloaded", "full")
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+
+
+def test_too_late(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = OnnxModel.run
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as pool:
+        patched.setattr(OnnxModel, "run", lambda self, rows: (time.sleep(0.5), real(self, rows))[1])
+        first = pool.submit(client.post, "/classify", json={"inputs": "good"})
+        time.sleep(0.1)
+        late = client.post("/classify", json={"inputs": "bad"}, headers={"x-request-timeout": "0.1"})
+        check_error(late, 504, "deadline")
+        assert first.result().status_code == 200
+
+
+@pytest.mark.parametrize("sent", ["soon", "0", "-1", "nan", ""])
+def test_a_deadline_that_is_none(client: TestClient, sent: str) -> None:
+    response = client.post("/classify", json={"inputs": "good"}, headers={"x-request-timeout": sent})
+    check_error(response, 422, "validation", "X-Request-Timeout")
 
 
 def test_unknown_routes_verbs_and_variants(client: TestClient) -> None:
@@ -262,41 +354,6 @@ def test_nan_logits_are_a_500(client: TestClient, monkeypatch: pytest.MonkeyPatc
     check_error(response, 500, "backend", "NaN")
 
 
-def test_not_ready_before_the_warm_up_and_after_a_failed_one(
-    models: Path, make_client: Callable[..., TestClient]
-) -> None:
-    with make_client(models) as client:
-        service = client.app.state.service
-        service.ready = False
-        for response in (
-            client.get("/readyz"),
-            client.get("/health"),
-            client.post("/classify", json={"inputs": "a"}),
-        ):
-            check_error(response, 503, "not_ready", "warming up")
-            assert response.headers["retry-after"] == "1"
-        assert client.get("/livez").status_code == 200
-        service.failure = "The warm-up failed."
-        check_error(client.get("/livez"), 503, "not_ready", "failed")
-
-
-def test_a_failed_warm_up_makes_the_service_neither_ready_nor_alive(
-    models: Path, make_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from service.app import create_app
-    from service.settings import Settings
-
-    app = create_app(Settings(models=models, threads=1))
-    monkeypatch.setattr(OnnxModel, "run", lambda *_: (_ for _ in ()).throw(BackendFailed("broken.")))
-    with TestClient(app) as client:
-        for _ in range(200):
-            if app.state.service.failure:
-                break
-            client.get("/livez")
-        check_error(client.get("/readyz"), 503, "not_ready", "warm-up failed")
-        check_error(client.get("/livez"), 503, "not_ready", "warm-up failed")
-
-
 def test_probes_and_docs(client: TestClient) -> None:
     assert client.get("/livez").json() == {"status": "ok"}
     assert client.get("/readyz").json() == client.get("/health").json() == {"status": "ready"}
@@ -304,7 +361,9 @@ def test_probes_and_docs(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     for path in ("/classify", "/qa", "/variants/{variant}/classify", "/variants/{variant}/qa"):
         operation = schema["paths"][path]["post"]
-        assert {"200", "400", "404", "413", "415", "422", "424", "500", "503"} <= set(operation["responses"])
+        assert {"200", "400", "404", "413", "415", "422", "424", "429", "500", "503", "504"} <= set(
+            operation["responses"]
+        )
         error = operation["responses"]["422"]["content"]["application/json"]["schema"]
         assert error["$ref"].endswith("/ErrorBody")
 

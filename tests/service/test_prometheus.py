@@ -39,12 +39,16 @@ def test_everything_exists_at_zero_before_the_first_request(fresh: TestClient) -
     for task in TASKS:
         for variant in VARIANTS:
             which = {"task": task, "variant": variant}
-            for outcome in ("ok", "invalid", "not_ready", "error"):
+            for outcome in ("ok", "invalid", "overloaded", "deadline", "cancelled", "not_ready", "error"):
                 assert sample("dsformer_requests_total", outcome=outcome, **which) == 0
             assert sample("dsformer_request_duration_seconds_count", **which) == 0
             for stage in STAGES:
                 assert sample("dsformer_stage_duration_seconds_count", stage=stage, **which) == 0
             assert sample("dsformer_model_ready", **which) == 1
+            assert 0 <= sample("dsformer_selftest_max_abs_error", **which) < 1e-3
+            assert sample("dsformer_queue_items", **which) == sample("dsformer_queue_tokens", **which) == 0
+            for kind in ("real", "padding"):
+                assert sample("dsformer_tokens_total", kind=kind, **which) >= 0
             assert sample("dsformer_model_file_bytes", **which) > 10_000
             assert sample("dsformer_model_load_seconds", **which) > 0
         assert sample("dsformer_input_tokens_count", task=task) == 0

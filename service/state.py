@@ -1,0 +1,43 @@
+"""All that the routes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import Request
+
+import kernels
+from service.admission import Admission
+from service.engine import Engine
+from service.keys import Keys
+from service.lifecycle import Lifecycle
+from service.metrics import Metrics
+from service.registry import Registry
+from service.settings import Settings
+from service.workers import Workers
+
+
+@dataclass
+class Service:
+    settings: Settings
+    models: Registry
+    keys: Keys
+    workers: Workers
+    admission: Admission
+    engine: Engine
+    lifecycle: Lifecycle
+    metrics: Metrics
+    isa: kernels.Isa
+    end: Callable[[], None] = lambda: None  # ends the process
+
+    def observe_queue(self) -> None:
+        """Read the gauges anew; they are of use only when somebody looks."""
+        self.metrics.load(self.admission.requests, self.admission.tokens)
+        for model in self.models:
+            self.metrics.queue(model, *self.engine.queued(model))
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,93 @@
+"""Quick versions of the tests in tests/load, on tiny models."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+import concurrency
+import corruption
+import departures
+import endings
+import overload
+import pytest
+import soak
+from harness import Served, ask
+
+
+def test_sigterm_under_load_loses_no_request(models: Path) -> None:
+    endings.check(models / "tiny-classify-dsformer", 2)
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_twenty_times(models: Path) -> None:
+    endings.check(models / "tiny-classify-dsformer", 20)
+
+
+@pytest.mark.parametrize("fault", ["hangs", "ends"])
+def test_a_process_whose_inference_hangs_or_ends_is_unready_and_then_gone(
+    models: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setenv("FAULT_TOKENS", "77")
+    folder = models / "tiny-classify-dense"
+    service = Served(folder, module="faulty_service", stall_seconds=0.5, hang_seconds=3).start()
+    try:
+        began = time.monotonic()
+        asking = threading.Thread(
+            target=asyncio.run, args=(ask(service.port, "/classify", {"inputs": "film " * 75}),), daemon=True
+        )
+        asking.start()
+        while service.get("/readyz")[0] == 200:
+            assert time.monotonic() - began < 2
+            time.sleep(0.02)
+        assert service.process.wait(20) == 4
+        asking.join(5)
+    finally:
+        service.process.kill()
+        service.process.communicate()
+
+
+def test_many_requests_at_once_get_their_own_answers(models: Path) -> None:
+    concurrency.check(models, 300)
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_at_once_get_their_own_answers(models: Path) -> None:
+    concurrency.check(models, 10_000)
+
+
+@pytest.mark.parametrize("limit", [1, 8])
+def test_overload_is_refused_politely(models: Path, limit: int) -> None:
+    overload.check(models / "tiny-classify-dsformer", limit, clients=60, seconds=1.0, calm_clients=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1, 2, 4, 8])
+def test_five_hundred_clients_are_refused_politely(models: Path, limit: int) -> None:
+    overload.check(models / "tiny-classify-dsformer", limit, clients=500, seconds=10, calm_clients=2)
+
+
+def test_who_leaves_costs_nothing_more(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAULT", "slow")
+    departures.check(models / "tiny-classify-dsformer", 50, module="faulty_service")
+
+
+def test_a_damaged_folder_is_refused_or_harmless(models: Path) -> None:
+    corruption.check(models / "tiny-qa-dsformer", 60)
+
+
+@pytest.mark.slow
+def test_five_hundred_damaged_folders(models: Path) -> None:
+    corruption.check(models / "tiny-qa-dsformer", 500)
+
+
+def test_random_lengths_for_a_while_give_no_error(models: Path) -> None:
+    soak.check(models / "tiny-classify-dsformer", 0.05)
+
+
+@pytest.mark.slow
+def test_memory_stays(models: Path) -> None:
+    assert soak.check(models / "tiny-classify-dsformer", 30) < 1
