@@ -8,6 +8,8 @@ request that is refused has cost no more than reading its body. Only the event l
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from types import TracebackType
 
 from service.errors import Overloaded
@@ -22,17 +24,30 @@ class Admission:
         self.limit_tokens = limit_tokens
         self.tokens = 0
         self.requests = 0
+        # Refused requests that have not come back yet: when they were told to, and their tokens.
+        self._told: deque[tuple[float, int]] = deque()
+        self._told_tokens = 0
 
     def enter(self, tokens: int, tokens_per_second: float) -> Ticket:
         """A ticket to use in a `with`, at the end of which the request has left; Overloaded when there is no room."""
         if self.requests and self.tokens + tokens > self.limit_tokens:
-            seconds = self.tokens / tokens_per_second if tokens_per_second > 0 else 1
             raise Overloaded(
                 f"The service is full: {self.tokens} tokens of {self.requests} requests wait or run, and "
                 f"{self.limit_tokens} is the limit; try again later.",
-                retry_after=min(MAX_RETRY_SECONDS, max(1, math.ceil(seconds))),
+                retry_after=self._retry_after(tokens, tokens_per_second),
             )
         return Ticket(self, tokens)
+
+    def _retry_after(self, tokens: int, tokens_per_second: float) -> int:
+        """Seconds until the queue and those refused before are through: all at once they would not fit either."""
+        now = time.monotonic()
+        while self._told and self._told[0][0] <= now:
+            self._told_tokens -= self._told.popleft()[1]
+        ahead = self.tokens + self._told_tokens
+        seconds = min(MAX_RETRY_SECONDS, max(1, math.ceil(ahead / max(tokens_per_second, 1.0))))
+        self._told.append((now + seconds, tokens))
+        self._told_tokens += tokens
+        return seconds
 
 
 class Ticket:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,7 +143,9 @@ def address(models: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "service", "--models", str(models), "--port", "0", "--threads", "1"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
-        yield wait_for_address(process)
+        found = wait_for_address(process)
+        wait_until_ready(found)
+        yield found
     finally:
         process.terminate()
         process.wait(30)
@@ -157,6 +160,17 @@ def wait_for_address(process: subprocess.Popen[str]) -> str:
             port = line.split("http://127.0.0.1:")[1].split()[0].strip('",)')
             return f"http://127.0.0.1:{port}"
     raise AssertionError("the service did not come up:\n" + "".join(seen))
+
+
+def wait_until_ready(address: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(address + "/readyz", timeout=10):
+                return
+        except urllib.error.HTTPError:  # still warming up
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def post(address: str, route: str, body: Any) -> Any:

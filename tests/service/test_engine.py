@@ -38,10 +38,11 @@ class FakeModel:
     def __init__(self, seconds: float = 0.0, poison: int = -1) -> None:
         self.seconds, self.poison = seconds, poison
         self.batches: list[list[Row]] = []
-        self.go = threading.Event()
+        self.go, self.begun = threading.Event(), threading.Event()
         self.go.set()
 
     def run(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        self.begun.set()
         self.go.wait(10)
         self.batches.append(list(rows))
         time.sleep(self.seconds)
@@ -198,13 +199,14 @@ def test_what_is_too_late_or_has_no_client_never_runs() -> None:
         tested = engine()
         model.go.clear()
         left = asyncio.Event()
-        first = asyncio.create_task(tested.infer(model, [row(1, 10)], seconds=0.1))
-        await asyncio.sleep(0.02)
+        first = asyncio.create_task(tested.infer(model, [row(1, 10)], seconds=1.0))
+        while not model.begun.is_set():
+            await asyncio.sleep(0.01)
         late = asyncio.create_task(tested.infer(model, [row(2, 10)], seconds=0.1))
         gone = asyncio.create_task(tested.infer(model, [row(3, 10)], gone=left.wait))
         stays = asyncio.create_task(tested.infer(model, [row(4, 10)], seconds=30, gone=asyncio.Event().wait))
         left.set()
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.2)
         assert late.done()
         assert gone.done()
         model.go.set()
@@ -247,6 +249,13 @@ def test_retry_after_is_the_time_that_the_queue_takes() -> None:
         admission.enter(200, 100.0)
     assert caught.value.headers["Retry-After"] == "9"
     assert admission.tokens == 900
+    with pytest.raises(Overloaded) as caught:
+        admission.enter(200, 100.0)
+    assert caught.value.headers["Retry-After"] == "11"  # behind the one before
+    for _ in range(100):
+        with pytest.raises(Overloaded) as caught:
+            admission.enter(200, 100.0)
+    assert caught.value.headers["Retry-After"] == "60"
 
 
 def test_estimates_are_near() -> None:
