@@ -10,8 +10,8 @@ from kernels.onnx_op import index_dtype
 
 # Allowed of the largest output. Products of a few hundred terms in float32; observed below 6e-7 (1.3e-6 for 600 codes).
 MAX_RELATIVE_ERROR = 1e-5
-# What tiers that round more than weights may differ: DSLinear's tokens and products, to 16 bits (observed below 2e-4) or
-# to 8; attention's to bfloat16, where a node allows it.
+# What tiers that round more than weights may differ: DSLinear's tokens and products, to 16 bits (observed below 2e-4)
+# or to 8; attention's to bfloat16, where a node allows it.
 ROUNDED_ERRORS = {
     **{(tier, "int16"): 5e-4 for tier in ("avx2", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16")},
     **{(tier, "int8"): 1e-3 for tier in ("avx2", "avx512", "avx512vnni")},
