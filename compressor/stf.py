@@ -98,12 +98,10 @@ class FactorizedStack(nn.Module):
         Returns the share of support entries that changed. Call it once an optimiser step, before the forward pass.
         """
         self._collected.clear()
-        atoms = self.dictionary if self.metric is None else self.dictionary @ self.metric
-        norms = atoms.norm(dim=2, keepdim=True).clamp_min(1e-12)
-        self.dictionary.div_(norms)
-        atoms = atoms / norms
-        if self.metric is not None:
-            weight = (blocks(weight, self.plan.block_size) @ self.metric).transpose(0, 1).flatten(1)
+        lengths = self._in_metric(self.dictionary).norm(dim=2, keepdim=True)
+        self.dictionary.div_(lengths.clamp_min(1e-12))
+        atoms = self._in_metric(self.dictionary)
+        weight = self._in_metric(blocks(weight, self.plan.block_size)).transpose(0, 1).flatten(1)
         if not afresh:
             self.values.copy_(refit(weight, atoms, self.indices))
             return 0.0
@@ -113,6 +111,10 @@ class FactorizedStack(nn.Module):
         self.indices.copy_(indices)
         self.values.copy_(values)
         return 1.0 - float(kept)
+
+    def _in_metric(self, rows: Tensor) -> Tensor:
+        """``rows`` (N/B, ·, B) of each block as the metric sees them."""
+        return rows if self.metric is None else rows @ self.metric
 
     @torch.no_grad()
     def dense(self) -> Tensor:
