@@ -50,7 +50,7 @@ def test_choice_of_a_tier(tmp_path):
 
 
 def test_header_agrees_with_the_official_one():
-    include = os.environ.get("DSFORMER_ORT_INCLUDE_DIR")
+    include = os.environ.get("ORT_INCLUDE_DIR")
     if not include:
-        pytest.skip("DSFORMER_ORT_INCLUDE_DIR is not set (the folder of an official onnxruntime_c_api.h)")
+        pytest.skip("ORT_INCLUDE_DIR is not set (the folder of an official onnxruntime_c_api.h)")
     compile_cc(f"-I{include}", "-fsyntax-only", HERE / "abi_check.cc")

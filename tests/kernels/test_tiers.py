@@ -150,9 +150,9 @@ def test_tensors_are_used_where_they_lie(models, tmp_path, name):
 
 
 def test_oldest_supported_onnxruntime(models):
-    python = os.environ.get("DSFORMER_ORT_MIN_PYTHON")
+    python = os.environ.get("ORT_MIN_PYTHON")
     if not python:
-        pytest.skip("DSFORMER_ORT_MIN_PYTHON is not set (a Python that has onnxruntime 1.17)")
+        pytest.skip("ORT_MIN_PYTHON is not set (a Python that has onnxruntime 1.17)")
     folder, checks = models
     for stale in folder.glob("*.out.npz"):
         stale.unlink()

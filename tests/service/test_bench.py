@@ -129,9 +129,9 @@ def test_deepsparse_runs_in_the_interpreter_that_has_it(
     with pytest.raises(SystemExit):
         bench.main([dense, "--deepsparse", str(tmp_path / "nowhere"), "--loads", "0", "--shapes", "1x9"])
     assert "expects a Python interpreter with DeepSparse in it" in capsys.readouterr().err
-    python = os.environ.get("DSFORMER_DEEPSPARSE_PYTHON")
+    python = os.environ.get("DEEPSPARSE_PYTHON")
     if not python:
-        pytest.skip("DSFORMER_DEEPSPARSE_PYTHON names no interpreter with DeepSparse")
+        pytest.skip("DEEPSPARSE_PYTHON names no interpreter with DeepSparse")
     bench.main([dense, "--deepsparse", python, "--loads", "0", "--shapes", "1x9,2x8", "--rounds", "2"])
     printed = capsys.readouterr().out
     assert "| 1x9 | deepsparse |" in printed
