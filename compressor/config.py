@@ -160,7 +160,7 @@ class MethodOptions:
     limit_banks: bool = True
     iterations: int = 50
     dictionary_update: Literal["auto", "mod", "ksvd"] = "mod"
-    data_aware: bool = True
+    data_aware: bool = False
     pattern: str = "2:4"
     sparse_decay: float = 2e-4
     calibration_rows: int = 256

@@ -33,7 +33,7 @@ from service.model import OnnxModel
 
 CONFIG = TrainConfig(max_steps=3, batch_size=16, learning_rate=1e-3, dropout=0.1, max_length=32, hidden_weight=1.0)
 OPTIONS = {
-    "ds": {"gamma": 0.4, "delta": 0.375, "iterations": 2},
+    "ds": {"gamma": 0.4, "delta": 0.375, "iterations": 2, "data_aware": True, "calibration_rows": 20},
     "svd": {"preset": "2x"},
     "fwsvd": {"ratio": 2.5, "calibration_rows": 20},
     "drone": {"preset": "2x", "calibration_rows": 20},
