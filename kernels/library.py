@@ -37,8 +37,18 @@ def library_path() -> str:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The opened library; ctypes releases the interpreter lock during its calls."""
-    opened = ctypes.CDLL(library_path())
+    """The opened library; ctypes releases the interpreter lock during its calls.
+
+    Raises RuntimeError when this machine cannot load it.
+    """
+    path = library_path()
+    try:
+        opened = ctypes.CDLL(path)
+    except OSError as error:
+        raise RuntimeError(
+            f"{path} cannot be loaded on this {platform.machine()} machine ({error}); if it was built for another "
+            f"kind of processor or system, install the package again here"
+        ) from error
     opened.dsformer_isa.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.POINTER(ctypes.c_char_p)]
     opened.dsformer_isa.restype = None
     for coder in (opened.dsformer_batch_omp, opened.dsformer_refit):

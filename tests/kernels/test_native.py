@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import library_path
+from kernels import library, library_path
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "kernels" / "csrc"
@@ -20,6 +20,17 @@ def compile_cc(*arguments):
     command = [compiler, "-std=c++17", f"-I{CSRC}", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_library_for_another_processor_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    image = bytearray(Path(library_path()).read_bytes())
+    machine = 18  # where an ELF file says what it is for; 243 is RISC-V
+    image[machine : machine + 2] = (243).to_bytes(2, "little")
+    other = tmp_path / "libdsformer.so"
+    other.write_bytes(image)
+    monkeypatch.setattr(library, "library_path", lambda: str(other))
+    with pytest.raises(RuntimeError, match=r"cannot be loaded on this .* built for another kind of processor"):
+        library.library.__wrapped__()
 
 
 def test_exports_only_its_interface():
