@@ -249,3 +249,8 @@ class KSVDConfig:
             raise ConfigError(f"iterations must be at least 1, got {self.iterations}")
         if self.calibration_rows < 0:
             raise ConfigError(f"calibration rows must be 0 or more, got {self.calibration_rows}")
+
+    @property
+    def sweeps(self) -> int:
+        """Codings of one matrix or block in all: the first, and one after each update."""
+        return (self.iterations + 1) * (2 if self.update == "auto" else 1)

@@ -25,7 +25,7 @@ from compressor.data_aware import factorize_outputs, relative_output_error
 from compressor.factors import WeightFactors
 from compressor.graph import Factors
 from compressor.ksvd import Factorization
-from compressor.layers import finite_weight, linear_layer
+from compressor.layers import linear_layer, stacked_weight
 from compressor.progress import progress
 from compressor.stf import Planned, attach, factorize_stacks, plan_model, stacks_of
 
@@ -92,10 +92,9 @@ class DenseSparse:
             ]
         grams = input_grams(model, [spec for spec, _ in plan], calibration, self.ksvd.calibration_rows)
         factors: list[Factors] = []
-        sweeps = (self.ksvd.iterations + 1) * (2 if self.ksvd.update == "auto" else 1)
-        with progress("K-SVD", total=sum(sizes.n_blocks for _, sizes in plan) * sweeps) as advance:
+        with progress("K-SVD", total=sum(sizes.n_blocks for _, sizes in plan) * self.ksvd.sweeps) as advance:
             for spec, sizes in plan:
-                weight = torch.cat([finite_weight(model, name) for name in spec.names])
+                weight = stacked_weight(model, spec.names).detach()
                 gram = grams[spec.names[0]].to(weight.device)
                 start = factorize_outputs(weight, sizes, self.ksvd, gram, advance)
                 found = start.factorization

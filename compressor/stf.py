@@ -181,8 +181,7 @@ def factorize_model(
 def factorize_stacks(model: nn.Module, plans: Sequence[Planned], ksvd: KSVDConfig) -> list[Factorization]:
     """K-SVD of every planned stack; ``model`` is left as it is."""
     starts = []
-    sweeps = (ksvd.iterations + 1) * (2 if ksvd.update == "auto" else 1)
-    with progress("K-SVD", total=len(plans) * sweeps) as advance:
+    with progress("K-SVD", total=len(plans) * ksvd.sweeps) as advance:
         for spec, plan in plans:
             starts.append(factorize(stacked_weight(model, spec.names), plan, ksvd, on_sweep=advance))
     return starts

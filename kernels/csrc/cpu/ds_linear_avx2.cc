@@ -11,10 +11,6 @@ namespace {
 #include "vec_avx2.inc"
 #include "int_avx2.inc"
 
-constexpr int kAtoms = 2, kPanel = 4;  // 8 sums of the 16 registers
-constexpr int kSums = 8;
-constexpr int kMostGroups = 4;
-
 Int multiply_add(Int sum, Int a, Int b) {
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
   asm volatile("" : "+v"(sum));  // or GCC 12 multiplies first and adds later, and has too few registers for that

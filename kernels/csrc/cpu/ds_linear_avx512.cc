@@ -11,10 +11,6 @@ namespace {
 #include "vec_avx512.inc"
 #include "int_avx512.inc"
 
-constexpr int kAtoms = 6, kPanel = 4;  // 24 sums of the 32 registers
-constexpr int kSums = 16;
-constexpr int kMostGroups = 2;
-
 Int multiply_add(Int sum, Int a, Int b) {
   sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
   asm volatile("" : "+v"(sum));  // or GCC 12 multiplies first and adds later, and has too few registers for that

@@ -40,7 +40,6 @@ constexpr float kUnit = 0x1p-20f;
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-void store_int(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
 
 // sum's 16 lanes += four bytes without a sign times four with one. Around the intrinsic, GCC 12 copies sums from
 // register to register and to the stack.

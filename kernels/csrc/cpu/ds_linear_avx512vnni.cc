@@ -11,10 +11,6 @@ namespace {
 #include "vec_avx512.inc"
 #include "int_avx512.inc"
 
-constexpr int kAtoms = 6, kPanel = 4;  // 24 sums of the 32 registers
-constexpr int kSums = 16;
-constexpr int kMostGroups = 2;
-
 Int multiply_add(Int sum, Int a, Int b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
 #include "ds_linear_integers.inc"
