@@ -71,10 +71,10 @@ MethodName = Annotated[
     ),
 ]
 MethodSchedule = Annotated[
-    Literal["ft-f-stf", "ft-f-ft", "sr-ste"] | None,
+    Literal["ft-f-stf", "ft-f-ft", "sr-ste", "ft-f"] | None,
     typer.Option(
-        help="How the factorized model is trained: ft-f-stf (default of ds), fixed structure (of all others), or "
-        "sr-ste, which moves the mask of nm."
+        help="How the factorized model is trained: ft-f-stf (default of ds), fixed structure (ft-f-ft, of all others), "
+        "sr-ste, which moves the mask of nm, or ft-f: not at all."
     ),
 ]
 MethodPreset = Annotated[str | None, typer.Option(help="2x, 2.8x or 3.57x (2.8x if no --ratio is given; not for nm).")]
@@ -450,6 +450,75 @@ def run(
         },
         str(output),
     )
+
+
+@app.command()
+def study(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Names of tasks, by commas.")],
+    output: Annotated[Path, typer.Option(help="Folder of the study: a JSON file for each run.")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="By commas: ds, svd, fwsvd, drone, nm, each perhaps with options of compress behind colons, such as "
+            "nm:schedule=sr-ste or ds:data-aware:omp-interval=1. ft-f as schedule is no training at all."
+        ),
+    ] = "ds,svd,fwsvd,drone,nm,nm:schedule=sr-ste",
+    presets: Annotated[str, typer.Option(help="Sizes, by commas; every method gets that of ds by eq. 11.")] = (
+        "2x,2.8x,3.57x"
+    ),
+    seeds: Annotated[str, typer.Option(help="Whole numbers, by commas.")] = "0",
+    data: DataFolder = None,
+    work: Annotated[Path, typer.Option(help="Checkpoints of the runs.")] = Path("runs/study"),
+    learning_rates: Annotated[str, typer.Option(help="Grid of the dense reference, by commas.")] = "5e-5,1e-4",
+    rows: Rows = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step, for all tasks.")] = None,
+    dense_epochs: Annotated[float | None, typer.Option(help="Epochs of the dense reference, for all tasks.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps after the factorization, for all tasks.")] = None,
+    max_length: Length = 0,
+    report: Annotated[Path | None, typer.Option(help="Write tables (Markdown) and plots (SVG, beside it) here.")] = None,
+) -> None:
+    """Run every method on every task and seed at every size; then tables and plots.
+
+    Runs that are there already are not run again. Several processes may work on one folder: start the same command as
+    often as there are cores or GPUs to spare.
+    """
+    from compressor.results import write_report
+    from compressor.study import Study, parse_variant, weight_errors, work_off
+
+    plan = Study(
+        model=model,
+        tasks=_words(tasks),
+        variants=tuple(parse_variant(word) for word in _words(methods)),
+        presets=_words(presets),
+        seeds=_numbers("seeds", seeds, int),
+        output=output,
+        work=work,
+        data=data,
+        learning_rates=_numbers("learning-rates", learning_rates, float),
+        batch_size=batch_size,
+        rows=rows,
+        dense_epochs=dense_epochs,
+        steps=steps,
+        max_length=max_length,
+    )
+    failed = work_off(plan)
+    weight_errors(plan)
+    if report:
+        write_report(output, report)
+    if failed:
+        raise ConfigError(f"{len(failed)} runs could not be done: {'; '.join(failed)}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(word) for word in _words(text))
+    except ValueError as error:
+        raise ConfigError(f"--{name} wants numbers, by commas; got {text!r}") from error
 
 
 def _show(numbers: dict[str, Any], title: str) -> None:

@@ -20,7 +20,7 @@ QA_STRIDE = 128
 
 ROLES = ("qkv", "attention_output", "ffn1", "ffn2")
 Role = Literal["qkv", "attention_output", "ffn1", "ffn2"]
-Schedule = Literal["ft-f-stf", "ft-f-ft", "sr-ste"]
+Schedule = Literal["ft-f-stf", "ft-f-ft", "sr-ste", "ft-f"]  # ft-f: factorized and left as it is
 
 
 class ConfigError(ValueError):

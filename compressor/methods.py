@@ -80,12 +80,13 @@ def find_method(name: str) -> type[Method]:
 
 
 def find_schedule(method: Method, name: Schedule | None) -> Schedule:
-    """The schedule asked for, or the method's own."""
+    """The schedule asked for, or the method's own; ``ft-f``, no training at all, is open to every method."""
     if name is None:
         return method.schedules[0]
-    if name not in method.schedules:
+    known = (*method.schedules, "ft-f")
+    if name not in known:
         raise ConfigError(
-            f"--schedule {name} is not how --method {method.name} is trained; it knows {', '.join(method.schedules)}"
+            f"--schedule {name} is not how --method {method.name} is trained; it knows {', '.join(known)}"
         )
     return name
 

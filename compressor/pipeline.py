@@ -39,7 +39,7 @@ from compressor.methods import Method, dense_weights, find_schedule, relative_er
 from compressor.progress import progress
 from compressor.stf import plan_model
 from compressor.tasks import Task, find_task
-from compressor.train import train
+from compressor.train import TrainResult, train
 
 log = logging.getLogger(__name__)
 
@@ -176,19 +176,22 @@ def compress(
     method.attach(model, plan, factors, schedule)
     errors = _errors_of(before) if loaded.factors else relative_errors(model, factors, weights)
     del weights, factors
-    result = train(
-        model,
-        features,
-        task,
-        config,
-        pad_id=pad_id,
-        checkpoint=_beside(output, "training.pt"),
-        teacher=guide,
-        score=_headline(model, loaded.tokenizer, task, validation),
-        resume=resume,
-        title=f"{schedule} on {task.name}",
-        subject={"method": repr(method), "schedule": schedule},
-    )
+    if schedule == "ft-f":
+        result = TrainResult(steps=0, kept_step=0, minutes=0.0, loss=math.nan, support_flip_share=0.0)
+    else:
+        result = train(
+            model,
+            features,
+            task,
+            config,
+            pad_id=pad_id,
+            checkpoint=_beside(output, "training.pt"),
+            teacher=guide,
+            score=_headline(model, loaded.tokenizer, task, validation),
+            resume=resume,
+            title=f"{schedule} on {task.name}",
+            subject={"method": repr(method), "schedule": schedule},
+        )
     steps_before = int(before.extra.get("steps") or 0) if before else 0
     record = Record(
         task=task.name,
