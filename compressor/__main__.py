@@ -476,7 +476,9 @@ def study(
     dense_epochs: Annotated[float | None, typer.Option(help="Epochs of the dense reference, for all tasks.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps after the factorization, for all tasks.")] = None,
     max_length: Length = 0,
-    report: Annotated[Path | None, typer.Option(help="Write tables (Markdown) and plots (SVG, beside it) here.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write tables (Markdown) and plots (SVG, beside it) here.")
+    ] = None,
 ) -> None:
     """Run every method on every task and seed at every size; then tables and plots.
 

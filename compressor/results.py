@@ -1,1 +1,300 @@
-def write_report(a,b): pass
+"""A study's rows as one Markdown page with its plots: the paper's tables and figures in the study's own setting."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from compressor.config import ConfigError
+from compressor.files import replace_file
+from compressor.study import read_row
+
+Row: TypeAlias = dict[str, Any]
+# Method's label and its size: what one line of a table is about.
+Place: TypeAlias = tuple[str, str]
+
+_UNTRAINED = "ft-f"
+
+
+def write_report(study: Path, report: Path) -> None:
+    """Tables of all rows in the folder ``study`` into ``report`` (Markdown); plots into the folder of its stem."""
+    rows = read_rows(study)
+    plots = report.with_suffix("")
+    plots.mkdir(parents=True, exist_ok=True)
+    weights = {
+        path.stem.removeprefix("weights-"): json.loads(path.read_text()) for path in study.glob("weights-*.json")
+    }
+    sections = [
+        _introduction(rows),
+        _accuracy(rows),
+        _figure(
+            rows, plots, "frontier.svg", "Points lost against compression by eq. 11, mean over tasks", draw_frontier
+        ),
+        _untrained(rows),
+        _pieces(rows),
+        _schedules(rows, plots),
+        _weight_errors(weights, plots),
+        _all_runs(rows),
+    ]
+    replace_file(report, ("\n\n".join(filter(None, sections)) + "\n").encode())
+
+
+def read_rows(study: Path) -> list[Row]:
+    """All rows of a study, by name; raises :class:`ConfigError` where there are none."""
+    rows = [read_row(path) for path in sorted((study / "rows").glob("*.json"))]
+    if not rows:
+        raise ConfigError(f"{study} holds no rows; run the study first")
+    return rows
+
+
+# --- sections ------------------------------------------------------------------------------------------------------
+
+
+def _introduction(rows: Sequence[Row]) -> str:
+    cpus = ", ".join(sorted({row["cpu"] for row in rows}))
+    minutes = sum(row["minutes"] for row in rows)
+    commands = sorted({row["command"] for row in rows})
+    return "\n".join(
+        [
+            "# Results",
+            "",
+            f"{len(rows)} runs on {cpus}, {minutes / 60:.1f} hours of training in all; made by",
+            "",
+            "```sh",
+            *commands,
+            "```",
+            "",
+            "Scores are of the dev sets, in points: Matthews correlation for CoLA, F1 for MRPC, QQP and SQuAD, Spearman "
+            "correlation for STS-B, accuracy for the others. Each is measured once, on the last weights, in PyTorch; "
+            "where there are several seeds, mean ± standard deviation. Every compressed model starts from the dense one "
+            "of its own seed, which is also its teacher; all methods are trained alike. CR is by eq. 11 of the paper, "
+            "indices included.",
+        ]
+    )
+
+
+def _accuracy(rows: Sequence[Row]) -> str:
+    """Tables 1 and 3: all methods that were run on all tasks, by size."""
+    trained = _reference(rows) + [row for row in rows if row["method"] != "dense" and row["stage"] != _UNTRAINED]
+    places = _by_place(trained)
+    tasks = _tasks(rows)
+    whole = {place: found for place, found in places.items() if {row["task"] for row in found} == set(tasks)}
+    title = "## Accuracy after training"
+    return f"{title}\n\n{_score_table(whole, tasks)}" if whole else ""
+
+
+def _untrained(rows: Sequence[Row]) -> str:
+    places = _by_place([row for row in rows if row["stage"] == _UNTRAINED])
+    if not places:
+        return ""
+    text = "Factorized, and measured as it is: data-aware methods have read 256 rows of the training data, no more."
+    return f"## Without any training\n\n{text}\n\n{_score_table(places, _tasks(rows))}"
+
+
+def _score_table(places: Mapping[Place, Sequence[Row]], tasks: Sequence[str]) -> str:
+    """A line for each method and size: its score on each task, their mean, and the mean drop."""
+    lines = []
+    for (method, _), found in sorted(places.items(), key=lambda item: (_ratio(item[1]), item[0])):
+        cells = [_cell([row["score"] for row in found if row["task"] == task]) for task in tasks]
+        by_task = [[row for row in found if row["task"] == task] for task in tasks]
+        drops = [statistics.fmean(row["drop"] for row in group) for group in by_task if group]
+        scores = [statistics.fmean(row["score"] for row in group) for group in by_task if group]
+        whole = len(drops) == len(tasks)
+        means = [f"{statistics.fmean(scores):.2f}", f"{statistics.fmean(drops):.2f}", f"{max(drops):.2f}"]
+        lines.append([method, f"{_ratio(found):.2f}", *cells, *(means if whole else ["", "", ""])])
+    return _table(["method", "CR", *tasks, "mean", "mean drop", "worst drop"], lines)
+
+
+def _pieces(rows: Sequence[Row]) -> str:
+    """Each option of ds alone: against plain ds of the same task, seed and size."""
+    plain = {(row["task"], row["seed"], row["size"]): row for row in rows if row["method"] == "ds"}
+    gains: dict[Place, list[float]] = defaultdict(list)
+    minutes: dict[Place, list[float]] = defaultdict(list)
+    for row in rows:
+        twin = plain.get((row["task"], row["seed"], row["size"]))
+        if twin and row["method"].startswith("ds:") and row["stage"] != _UNTRAINED:
+            gains[row["method"], row["size"]].append(row["score"] - twin["score"])
+            minutes[row["method"], row["size"]].append(row["minutes"] / twin["minutes"])
+    lines = [
+        [method, size, str(len(found)), _cell(found, "+.2f"), f"{statistics.fmean(minutes[method, size]):.2f}"]
+        for (method, size), found in sorted(gains.items())
+    ]
+    if not lines:
+        return ""
+    text = "Points that one option moves, against `ds` of the same task, seed and size; time relative to it."
+    return f"## Each piece alone\n\n{text}\n\n" + _table(["", "size", "runs", "points", "training time"], lines)
+
+
+def _schedules(rows: Sequence[Row], plots: Path) -> str:
+    """Figure 4: STF against fine-tuning on frozen supports where few nonzeros make the start inexact."""
+    series: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        about = row["compression"] or {}
+        if "delta" in row["method"] and row["stage"] in ("ft-f-stf", "ft-f-ft"):
+            nonzeros = round(about["delta"] * about["block_size"])
+            series[row["task"], row["stage"]][nonzeros].append(row["score"])
+    if not series:
+        return ""
+    tasks = sorted({task for task, _ in series})
+    nonzeros = sorted({number for found in series.values() for number in found})
+    lines = [
+        [task, stage, *(_cell(series[task, stage].get(number, [])) for number in nonzeros)]
+        for task in tasks
+        for stage in ("ft-f-stf", "ft-f-ft")
+    ]
+    figure = _figure(rows, plots, "schedules.svg", "STF against FT-F-FT by S", lambda ax, _: draw_schedules(ax, series))
+    table = _table(["task", "schedule", *(f"S = {number}" for number in nonzeros)], lines)
+    return f"## STF against fine-tuning on frozen supports\n\n{table}\n\n{figure}"
+
+
+def _weight_errors(weights: Mapping[str, Sequence[Row]], plots: Path) -> str:
+    """Figure 1: relative errors of the matrices themselves."""
+    if not weights:
+        return ""
+    lines = []
+    for size in sorted(weights, key=lambda name: float(name.removesuffix("x"))):
+        roles: dict[str, list[Row]] = defaultdict(list)
+        for row in weights[size]:
+            roles[str(row["matrix"]).rpartition(".")[2]].append(row)
+        for role, found in roles.items():
+            means = [statistics.fmean(row[name] for row in found) for name in ("CR", "SVD", "DS")]
+            ahead = sum(row["DS"] < row["SVD"] for row in found)
+            lines.append([size, role, *(f"{mean:.3f}" for mean in means), f"{ahead} of {len(found)}"])
+    table = _table(["size", "matrix", "CR", "SVD", "DS", "DS below SVD"], lines)
+    figure = _figure([], plots, "weights.svg", "Relative error by layer", lambda ax, _: draw_weights(ax, weights))
+    text = "‖W − W'‖ / ‖W‖ of the base model's matrices at equal CR, mean over the layers."
+    return f"## Errors of the weights\n\n{text}\n\n{table}\n\n{figure}"
+
+
+def _all_runs(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            row["task"],
+            str(row["seed"]),
+            row["method"],
+            f"{_ratio([row]):.2f}",
+            f"{row['score']:.2f}",
+            str(row["train_rows"]),
+            str(row["steps"]),
+            f"{row['minutes']:.1f}",
+        ]
+        for row in rows
+    ]
+    return "## Every run\n\n" + _table(["task", "seed", "method", "CR", "score", "rows", "steps", "minutes"], lines)
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def _reference(rows: Sequence[Row]) -> list[Row]:
+    """The dense rows that the others were compared with: of a task and seed, the best of the grid."""
+    best: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        place = row["task"], row["seed"]
+        if row["method"] == "dense" and (place not in best or row["score"] > best[place]["score"]):
+            best[place] = row
+    return list(best.values())
+
+
+def _by_place(rows: Iterable[Row]) -> dict[Place, list[Row]]:
+    places: dict[Place, list[Row]] = defaultdict(list)
+    for row in rows:
+        places[row["method"], row["size"]].append(row)
+    return places
+
+
+def _ratio(rows: Sequence[Row]) -> float:
+    return float((rows[0]["compression"] or {}).get("ratio_eq11", 1.0))
+
+
+def _tasks(rows: Sequence[Row]) -> list[str]:
+    return sorted({row["task"] for row in rows})
+
+
+def _cell(values: Sequence[float], form: str = ".2f") -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):{form}}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+# --- plots ---------------------------------------------------------------------------------------------------------
+
+
+def _figure(
+    rows: Sequence[Row], folder: Path, name: str, title: str, draw: Callable[[Any, Sequence[Row]], None]
+) -> str:
+    """Draw and save one plot; returns the Markdown that shows it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context({"svg.hashsalt": "dsformer", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+        draw(axes, rows)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        figure.savefig(folder / name, metadata={"Date": None})  # the same rows make the same bytes
+        pyplot.close(figure)
+    return f"![{title}]({folder.name}/{name})"
+
+
+def draw_frontier(axes: Any, rows: Sequence[Row]) -> None:
+    """Mean drop of each method at each size, over the tasks that all of them were run on."""
+    tasks = set(_tasks(rows))
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (method, _), found in _by_place(rows).items():
+        if method == "dense" or found[0]["stage"] == _UNTRAINED or {row["task"] for row in found} != tasks:
+            continue
+        drops = [statistics.fmean(row["drop"] for row in found if row["task"] == task) for task in tasks]
+        points[method].append((_ratio(found), statistics.fmean(drops)))
+    for method, found in sorted(points.items()):
+        ratios, drops = zip(*sorted(found), strict=True)
+        axes.plot(ratios, drops, marker="o", label=method)
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("compression by eq. 11")
+    axes.set_ylabel("points lost")
+    if points:
+        axes.legend(frameon=False)
+
+
+def draw_schedules(axes: Any, series: Mapping[tuple[str, str], Mapping[int, Sequence[float]]]) -> None:
+    colors = {task: f"C{i}" for i, task in enumerate(sorted({task for task, _ in series}))}
+    for (task, stage), found in sorted(series.items()):
+        numbers = sorted(found)
+        means = [statistics.fmean(found[number]) for number in numbers]
+        style = "-" if stage == "ft-f-stf" else "--"
+        axes.plot(numbers, means, style, marker="o", color=colors[task], label=f"{task}, {stage}")
+    axes.set_xlabel("nonzeros of a row in a block, S")
+    axes.set_ylabel("score")
+    axes.legend(frameon=False)
+
+
+def draw_weights(axes: Any, weights: Mapping[str, Sequence[Row]]) -> None:
+    for i, role in enumerate(
+        dict.fromkeys(str(row["matrix"]).rpartition(".")[2] for row in next(iter(weights.values())))
+    ):
+        for name, style in (("SVD", "--"), ("DS", "-")):
+            points = sorted(
+                (row["CR"], row[name])
+                for rows in weights.values()
+                for row in rows
+                if str(row["matrix"]).rpartition(".")[2] == role
+            )
+            ratios = sorted({round(ratio, 3) for ratio, _ in points})
+            means = [statistics.fmean(error for ratio, error in points if round(ratio, 3) == each) for each in ratios]
+            axes.plot(ratios, means, style, marker="o", color=f"C{i}", label=f"{role}, {name}")
+    axes.set_xlabel("compression by eq. 11")
+    axes.set_ylabel("relative error")
+    axes.legend(frameon=False, ncols=2)

@@ -13,7 +13,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,11 +59,11 @@ class Budget:
 # Small tasks in full. Of the large ones so many rows as two cores read in a quarter of an hour; rows of the results
 # name them.
 BUDGETS = {
-    "rte": Budget(None, 32, 5, 400),
-    "mrpc": Budget(None, 32, 4, 400),
-    "stsb": Budget(None, 32, 3, 500),
-    "cola": Budget(None, 32, 4, 800),
-    "sst2": Budget(20000, 32, 1, 800),
+    "rte": Budget(None, 32, 5, 300),
+    "mrpc": Budget(None, 32, 4, 300),
+    "stsb": Budget(None, 32, 3, 360),
+    "cola": Budget(None, 32, 4, 600),
+    "sst2": Budget(20000, 32, 1, 600),
     "qnli": Budget(12000, 32, 1, 400),
     "qqp": Budget(20000, 32, 1, 600),
     "mnli": Budget(12988, 32, 2, 600),
@@ -267,7 +266,9 @@ def _with_dense(study: Study, runs: Sequence[Run]) -> Iterator[Run]:
 
 def _dense_failed(study: Study, run: Run, failed: Mapping[str, str]) -> bool:
     """Whether the reference of ``run`` will never come, since a dense run it rests on could not be done."""
-    return any(name.startswith((f"{run.task}-{run.seed}-dense", f"{run.task}-{study.seeds[0]}-dense")) for name in failed)
+    return any(
+        name.startswith((f"{run.task}-{run.seed}-dense", f"{run.task}-{study.seeds[0]}-dense")) for name in failed
+    )
 
 
 def _require_possible(study: Study) -> dict[tuple[str, str], float]:
@@ -358,11 +359,30 @@ def _do(study: Study, run: Run, ratios: Mapping[tuple[str, str], float]) -> None
         "settings": _settings(study, run),
         "versions": record.versions,
         "cpu": kernels.cpu_name(),
-        "command": " ".join(["dsformer-compress", *sys.argv[1:]]),
+        "command": _command(study),
     }
     replace_file(study.output / "rows" / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
     if run.variant is not None:
         shutil.rmtree(folder)  # only its numbers are wanted; the dense ones teach the others
+
+
+def _command(study: Study) -> str:
+    """The command of the study without the folders of this machine."""
+    words = {
+        "model": Path(study.model).name if Path(study.model).is_dir() else study.model,
+        "tasks": ",".join(study.tasks),
+        "methods": ",".join(variant.label for variant in study.variants),
+        "presets": ",".join(study.presets),
+        "seeds": ",".join(map(str, study.seeds)),
+        "learning-rates": ",".join(f"{rate:g}" for rate in study.learning_rates),
+        "rows": study.rows,
+        "batch-size": study.batch_size,
+        "dense-epochs": study.dense_epochs,
+        "steps": study.steps,
+        "max-length": study.max_length or None,
+    }
+    given = (f"--{name} {value}" for name, value in words.items() if value not in (None, ""))
+    return " ".join(["dsformer-compress study --data DATA --output STUDY", *given])
 
 
 def _reference(study: Study, dense: Mapping[str, Any]) -> Path:
