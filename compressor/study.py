@@ -119,7 +119,7 @@ _HOMES: dict[str, type] = {"options": MethodOptions, "train": TrainConfig}
 
 def _typed(label: str, home: type, words: Mapping[str, str]) -> dict[str, Any]:
     try:
-        whole = TypeAdapter(home).validate_python(dict(words))
+        whole: Any = TypeAdapter(home).validate_python(dict(words))
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{label!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -281,9 +281,9 @@ def _require_possible(study: Study) -> dict[tuple[str, str], float]:
             own = find_method("ds").from_options(MethodOptions(preset=preset))
             ratios[name, preset] = own.describe(own.plan(model), None)["ratio_eq11"]
         for variant in study.variants:
-            for preset in (None,) if variant.has_size else study.presets:
-                ratio = ratios[name, preset] if preset else None
-                find_method(variant.method).from_options(_options(variant, preset, ratio, 0)).plan(model)
+            for size in ("",) if variant.has_size else study.presets:
+                options = _options(variant, size, ratios.get((name, size)), 0)
+                find_method(variant.method).from_options(options).plan(model)
     return ratios
 
 

@@ -1,0 +1,256 @@
+"""A study's runs are done once and alike, whoever does them and however often it was killed; its page counts right."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_config, make_tokenizer
+from transformers import BertForSequenceClassification
+
+from compressor import checkpoint, pipeline
+from compressor.config import ConfigError
+from compressor.results import write_report
+from compressor.study import Study, parse_variant, planned_runs, weight_errors, work_off
+from compressor.tasks import find_task
+
+METHODS = "ds:iterations=2,svd,nm,ds:iterations=2:schedule=ft-f"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small heads, so that the paper's presets leave more atoms than a block has columns."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 16, "intermediate_size": 128}
+    BertForSequenceClassification(make_config(**sizes)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+    (folder / "cola").mkdir()
+    for split, count in (("train", 64), ("dev", 40)):
+        rows = ["sentence\tlabel"]
+        for _ in range(count):
+            good = draw.random() < 0.5
+            word = draw.choice(["good", "great"] if good else ["bad", "dull"])
+            rows.append(f"the {draw.choice(['film', 'plot'])} was {word} .\t{int(good)}")
+        (folder / "cola" / f"{split}.tsv.gz").write_bytes(gzip.compress("\n".join([*rows, ""]).encode()))
+    return folder
+
+
+@pytest.fixture
+def study(base: Path, data: Path, tmp_path: Path) -> Study:
+    return Study(
+        model=str(base),
+        tasks=("cola",),
+        variants=tuple(parse_variant(word) for word in METHODS.split(",")),
+        presets=("2.8x",),
+        seeds=(0, 1),
+        output=tmp_path / "study",
+        work=tmp_path / "work",
+        data=data,
+        learning_rates=(1e-3, 3e-3),
+        batch_size=16,
+        dense_epochs=4,
+        steps=4,
+    )
+
+
+def rows_of(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "rows").glob("*.json")}
+
+
+def scores(folder: Path) -> dict[str, float]:
+    return {name: row["metrics"] for name, row in rows_of(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows of a study that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    found = command(base, data, folder)
+    subprocess.run(found, check=True, capture_output=True, env=environment())
+    return folder / "study"
+
+
+def command(base: Path, data: Path, folder: Path) -> list[str]:
+    words = (
+        "--tasks cola --presets 2.8x --seeds 0,1 --learning-rates 1e-3,3e-3 --batch-size 16 --dense-epochs 4 --steps 4"
+    )
+    places = ["--model", base, "--data", data, "--output", folder / "study", "--work", folder / "work"]
+    return [sys.executable, "-m", "compressor", "study", "--methods", METHODS, *words.split(), *map(str, places)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_every_run_has_a_row_and_its_own_size(unbroken: Path) -> None:
+    rows = rows_of(unbroken)
+    dense = [name for name in rows if "dense" in name]
+    assert len(dense) == 3, "the grid with the first seed, its best rate with the second"
+    assert len(rows) == len(dense) + 2 * len(METHODS.split(","))
+    for row in rows.values():
+        assert row["train_rows"] == 64
+        if row["method"] == "svd":
+            ds = rows[f"cola-{row['seed']}-ds_iterations=2-2.8x"]
+            assert row["compression"]["ratio_target"] == ds["compression"]["ratio_eq11"], "equal by eq. 11"
+        if row["method"] != "dense":
+            own = [rows[name] for name in dense if rows[name]["seed"] == row["seed"]]
+            assert row["drop"] == pytest.approx(max(each["score"] for each in own) - row["score"], abs=1e-3)
+    untrained = rows["cola-0-ds_iterations=2_schedule=ft-f-2.8x"]
+    assert (untrained["steps"], untrained["stage"]) == (0, "ft-f")
+
+
+def test_a_killed_study_goes_on_to_the_rows_of_an_unbroken_one(
+    base: Path, data: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    found = command(base, data, tmp_path)
+    for rows_before_kill in (1, 4, 8):
+        with subprocess.Popen(
+            found, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as running:
+            while len(rows_of(tmp_path / "study")) < rows_before_kill:
+                assert running.poll() is None, "it ended by itself"
+                time.sleep(0.02)
+            running.send_signal(signal.SIGKILL)
+    subprocess.run(found, check=True, capture_output=True, env=environment())
+    assert scores(tmp_path / "study") == scores(unbroken)
+
+
+def test_two_workers_share_the_runs(base: Path, data: Path, unbroken: Path, tmp_path: Path) -> None:
+    found = command(base, data, tmp_path)
+    workers = [subprocess.Popen(found, env=environment(), stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    logs = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], logs
+    assert scores(tmp_path / "study") == scores(unbroken)
+    done = [sum("measuring PyTorch on cola: 40 of 40" in line for line in log.splitlines()) for log in logs]
+    assert sum(done) == len(scores(unbroken)), "a run was done twice"
+
+
+def test_a_study_of_another_configuration_is_refused(study: Study, unbroken: Path) -> None:
+    with pytest.raises(ConfigError, match=r"steps 4 there, 5 here.*another --output"):
+        work_off(replace(study, output=unbroken, steps=5))
+    assert work_off(replace(study, output=unbroken)) == [], "the same one has nothing to do"
+
+
+def test_what_cannot_be_run_is_said_before_anything_is(study: Study) -> None:
+    wide = parse_variant("ds:gamma=0.01")
+    with pytest.raises(ConfigError, match=r"needs more atoms than the block size"):
+        work_off(replace(study, variants=(*study.variants, wide)))
+    assert not study.output.exists()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(study: Study) -> None:
+    hot = parse_variant("svd:learning-rate=1e38")
+    (sentence,) = work_off(replace(study, variants=(hot, parse_variant("svd")), seeds=(0,), steps=8))
+    assert sentence.startswith("cola-0-svd_learning-rate=1e38-2.8x: the loss became nan")
+    assert "cola-0-svd-2.8x" in rows_of(study.output)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("pca", r"unknown method 'pca'"),
+        ("ds:speed=3", r"'ds:speed=3': there is no option 'speed'"),
+        ("ds:iterations=few", r"'ds:iterations=few': iterations: .*integer"),
+        ("svd:data-aware", r"--data-aware True means nothing to --method svd"),
+        ("svd:schedule=sr-ste", r"--schedule sr-ste is not how --method svd is trained"),
+        ("ds:seed=3", r"there is no option 'seed'"),
+    ],
+)
+def test_words_that_mean_nothing(word: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse_variant(word)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tasks": ("poems",)}, r"a study knows the tasks rte, .*, not 'poems'"),
+        ({"presets": ("9x",)}, r"unknown preset '9x'"),
+        ({"seeds": (1, 1)}, r"--seeds wants at least one, each named once"),
+        ({"learning_rates": ()}, r"--learning-rates wants at least one"),
+    ],
+)
+def test_settings_that_mean_nothing(study: Study, change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        replace(study, **change)
+
+
+def test_sizes_of_the_study_are_not_for_what_has_its_own(study: Study) -> None:
+    fixed = replace(study, variants=(parse_variant("nm"), parse_variant("ds:delta=0.5"), parse_variant("svd")))
+    sizes = {(run.variant.label, run.size) for run in planned_runs(fixed) if run.variant}
+    assert sizes == {("nm", ""), ("ds:delta=0.5", ""), ("svd", "2.8x")}
+
+
+def test_a_broken_row_is_a_sentence(study: Study, unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "study" / "rows").mkdir(parents=True)
+    (tmp_path / "study" / "rows" / "cola-0-dense-0.001.json").write_text('{"score": ')
+    with pytest.raises(ConfigError, match=r"dense-0.001.json is no row of a study"):
+        work_off(study)
+    with pytest.raises(ConfigError, match=r"holds no rows"):
+        write_report(tmp_path / "nothing", tmp_path / "results.md")
+
+
+def test_no_training_leaves_the_factorization(base: Path, data: Path, tmp_path: Path) -> None:
+    """Schedule ft-f: the checkpoint's weights are exactly those of its factors, and the head is the dense one's."""
+    source = pipeline.Data("cola", data)
+    variant = parse_variant("svd")
+    method = _method(variant)
+    config = pipeline.TrainConfig(max_steps=3, batch_size=8)
+    record = pipeline.compress(str(base), source, method, config, tmp_path / "out", schedule="ft-f")
+    found = checkpoint.load(str(tmp_path / "out"), find_task("cola"))
+    dense = checkpoint.load(str(base), find_task("cola"))
+    assert (record.stage, record.extra["steps"]) == ("ft-f", 0)
+    assert torch.equal(found.model.classifier.weight, dense.model.classifier.weight)
+    for factor in found.factors:
+        weight = found.model.get_submodule(factor.members[0]).weight
+        assert torch.allclose(weight, torch.from_numpy(factor.second @ factor.first), atol=1e-6)
+
+
+def _method(variant: Any) -> Any:
+    from compressor.config import MethodOptions
+    from compressor.methods import find_method
+
+    return find_method(variant.method).from_options(MethodOptions(preset="2.8x"))
+
+
+def test_the_page_has_the_numbers_of_the_rows(study: Study, unbroken: Path, tmp_path: Path) -> None:
+    weight_errors(replace(study, output=unbroken), iterations=2)
+    write_report(unbroken, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    rows = rows_of(unbroken)
+    svd = [row for row in rows.values() if row["method"] == "svd"]
+    (line,) = [line for line in lines if line[0] == "svd" and len(line) == 6]
+    mean = sum(row["score"] for row in svd) / 2
+    assert line[1] == f"{svd[0]['compression']['ratio_eq11']:.2f}"
+    assert line[2].startswith(f"{mean:.2f} ± ")
+    assert line[4] == f"{sum(row['drop'] for row in svd) / 2:.2f}"
+    assert sum(len(line) == 8 and line[0] == "cola" for line in lines) == len(rows), "every run is listed"
+    assert str(tmp_path) not in text, "no folder of a machine"
+    for name in ("frontier.svg", "weights.svg"):
+        assert f"(results/{name})" in text
+        assert (tmp_path / "results" / name).stat().st_size > 1000
+    before = text, (tmp_path / "results" / "frontier.svg").read_bytes()
+    write_report(unbroken, tmp_path / "results.md")
+    assert before == ((tmp_path / "results.md").read_text(), (tmp_path / "results" / "frontier.svg").read_bytes())
