@@ -87,6 +87,12 @@ CalibrationRows = Annotated[
 DataAware = Annotated[
     bool, typer.Option(help="Factorize for the layers' outputs on training data, in place of their weights.")
 ]
+OrderNeurons = Annotated[
+    bool,
+    typer.Option(
+        help="Renumber the feed-forward neurons first, so that neighbouring columns are alike: exact, and free."
+    ),
+]
 Epochs = Annotated[
     float | None, typer.Option(help="Passes over the training data; if not given 2, or more to make 100 steps.")
 ]
@@ -194,6 +200,7 @@ def compress(
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
     data_aware: DataAware = False,
+    order_neurons: OrderNeurons = False,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,
     calibration_rows: CalibrationRows = MethodOptions.calibration_rows,
@@ -228,6 +235,7 @@ def compress(
         iterations=iterations,
         dictionary_update=dictionary_update,
         data_aware=data_aware,
+        order_neurons=order_neurons,
         pattern=pattern,
         sparse_decay=sparse_decay,
         calibration_rows=calibration_rows,
@@ -376,6 +384,7 @@ def run(
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
     data_aware: DataAware = False,
+    order_neurons: OrderNeurons = False,
     calibration_rows: CalibrationRows = MethodOptions.calibration_rows,
     schedule: ScheduleName = "ft-f-stf",
     finetuned: Annotated[bool, typer.Option(help="--model is fine-tuned for this task already.")] = False,
@@ -439,6 +448,7 @@ def run(
         work=work,
         dense_output=dense_output,
         finetuned=finetuned,
+        order_neurons=order_neurons,
         schedule=schedule,
         storage=storage,
     )

@@ -147,9 +147,9 @@ def compression_ratio(plans: list[LayerPlan]) -> float:
 class MethodOptions:
     """What was asked of a compression method; a field at its default was not asked for.
 
-    ``preset`` or ``ratio`` (the target by eq. 11) set the size. ``gamma`` to ``dictionary_update`` are of ``ds``,
-    ``data_aware`` too; ``pattern`` ("2:4") and ``sparse_decay`` of ``nm``; ``calibration_rows`` of ``fwsvd``, ``drone``
-    and a ``ds`` that is data-aware.
+    ``preset`` or ``ratio`` (the target by eq. 11) set the size. ``gamma`` to ``order_neurons`` are of ``ds``;
+    ``pattern`` ("2:4") and ``sparse_decay`` of ``nm``; ``calibration_rows`` of ``fwsvd``, ``drone`` and a
+    data-aware ``ds``.
     """
 
     preset: str | None = None
@@ -161,6 +161,7 @@ class MethodOptions:
     iterations: int = 50
     dictionary_update: Literal["auto", "mod", "ksvd"] = "mod"
     data_aware: bool = False
+    order_neurons: bool = False
     pattern: str = "2:4"
     sparse_decay: float = 2e-4
     calibration_rows: int = 256

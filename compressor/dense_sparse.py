@@ -26,6 +26,7 @@ from compressor.factors import WeightFactors
 from compressor.graph import Factors
 from compressor.ksvd import Factorization
 from compressor.layers import linear_layer, stacked_weight
+from compressor.neurons import order_neurons
 from compressor.progress import progress
 from compressor.stf import Planned, attach, factorize_stacks, plan_model, stacks_of
 
@@ -41,7 +42,7 @@ class StartingFactors(Factors):
 
 @dataclass(frozen=True)
 class DenseSparse:
-    """W ≈ S·D with the sizes of ``compression``, started by ``ksvd``."""
+    """W ≈ S·D with the sizes of ``compression``, started by ``ksvd``, perhaps with the neurons in a better order."""
 
     name: ClassVar[str] = "ds"
     schedules: ClassVar[tuple[Schedule, ...]] = ("ft-f-stf", "ft-f-ft")
@@ -49,10 +50,20 @@ class DenseSparse:
 
     compression: CompressionConfig
     ksvd: KSVDConfig
+    order_neurons: bool = False
 
     @classmethod
     def from_options(cls, options: MethodOptions) -> DenseSparse:
-        own = ("preset", "gamma", "delta", "block_size", "limit_banks", "iterations", "dictionary_update", "data_aware")
+        own: tuple[str, ...] = (
+            "preset",
+            "gamma",
+            "delta",
+            "block_size",
+            "limit_banks",
+            "iterations",
+            "dictionary_update",
+        )
+        own += ("data_aware", "order_neurons")
         options.require_only(cls.name, *own, *(["calibration_rows"] if options.data_aware else []))
         return cls(
             CompressionConfig(
@@ -68,7 +79,12 @@ class DenseSparse:
                 options.seed,
                 options.calibration_rows if options.data_aware else 0,
             ),
+            options.order_neurons,
         )
+
+    def prepare(self, model: nn.Module) -> None:
+        if self.order_neurons:
+            order_neurons(model, self.plan(model))
 
     def plan(self, model: nn.Module) -> list[Planned]:
         return plan_model(model, self.compression)
@@ -81,6 +97,7 @@ class DenseSparse:
             "block_size": plan[0][1].block_size,
             "ratio_eq11": round(compression_ratio([sizes for _, sizes in plan]), 4),
             "ksvd": asdict(self.ksvd),
+            "order_neurons": self.order_neurons,
             "ksvd_relative_error": errors,
         }
 

@@ -150,6 +150,9 @@ class _LowRank(ABC):
         options.require_only(cls.name, *cls.options)
         return cls(options.target_ratio())
 
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027 - rank does not depend on an order
+        pass
+
     def plan(self, model: nn.Module) -> list[RankPlan]:
         plans = []
         for name in linear_names(model):

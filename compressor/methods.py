@@ -3,6 +3,7 @@
 A method turns weights into factors, and the pipeline does the rest, the same for all: fine-tuning, distillation,
 checkpoints, resuming, export, measuring::
 
+    prepare     the dense model rewritten into an equal one that suits the method better
     plan        sizes that reach the target, or a sentence why they cannot
     factorize   weights → factors, once, perhaps with calibration data
     attach      factors → layers to train, in place of the model's own
@@ -53,6 +54,9 @@ class Method(Protocol):
     @classmethod
     def from_options(cls, options: MethodOptions) -> Method:
         """The method as asked for; options that mean nothing to it are refused."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Rewrite a dense model, in place, into one that computes the same; most methods leave it as it is."""
 
     def plan(self, model: nn.Module) -> Sequence[Any]:
         """Sizes for all weights of ``model`` that will be compressed; it is only looked at."""

@@ -140,6 +140,9 @@ class NM:
         """By eq. 11, with an index of whole bits for each weight that stays."""
         return self.group / (self.kept * (1 + index_bits(self.group) / 32))
 
+    def prepare(self, model: nn.Module) -> None:
+        pass
+
     def plan(self, model: nn.Module) -> list[str]:
         """The names of the layers; raises :class:`ConfigError` where the pattern does not fit one."""
         names = linear_names(model)

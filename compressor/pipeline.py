@@ -165,6 +165,8 @@ def compress(
     loaded = checkpoint.load(source, task)
     _require_startable(source, loaded, method, config, teacher)
     model, pad_id = loaded.model.to(_device()), loaded.tokenizer.pad_token_id
+    if not loaded.factors:
+        method.prepare(model)
     plan = method.plan(model)
     training, validation = data.examples(task, config.seed)
     features = features_of(training, loaded.tokenizer, task, config)
@@ -356,6 +358,7 @@ def run(
     work: Path,
     dense_output: Path | None = None,
     finetuned: bool = False,
+    order_neurons: bool = False,
     schedule: Schedule = "ft-f-stf",
     storage: Storage = "int8",
 ) -> dict[str, Any]:
@@ -375,13 +378,13 @@ def run(
         dense_folder = work / f"dense-{_digest(source, data, dense)}"
         if checkpoint.load_record(dense_folder) is None:
             finetune(source, data, dense, dense_folder, resume=True, measure=False)
-    key = _digest(source, data, dense, compression, ksvd, sparse, schedule)
+    key = _digest(source, data, dense, compression, ksvd, order_neurons, sparse, schedule)
     compressed_folder = work / f"compressed-{key}"
     if checkpoint.load_record(compressed_folder) is None:
         compress(
             str(dense_folder),
             data,
-            DenseSparse(compression, ksvd),
+            DenseSparse(compression, ksvd, order_neurons),
             sparse,
             compressed_folder,
             schedule=schedule,
