@@ -126,6 +126,9 @@ StorageType = Annotated[
     Literal["int8", "int16", "float16", "float32"],
     typer.Option(help="How the model folder stores weights; integers: those not factorized as float16."),
 ]
+FakeQuantize = Annotated[
+    bool, typer.Option(help="Fine-tune on an 8-bit grid of weights and inputs, as Q8BERT; the weights stay on it.")
+]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on from the checkpoint of a killed run.")]
 
 
@@ -161,6 +164,7 @@ def finetune(
     precision: Precision = "auto",
     seed: Seed = 0,
     evaluate_every: EvaluateEvery = 0,
+    fake_quantize: FakeQuantize = False,
     resume: Resume = False,
 ) -> None:
     """Fine-tune a model densely; the checkpoint is an ordinary Hugging Face folder."""
@@ -178,7 +182,8 @@ def finetune(
         evaluate_every=evaluate_every,
     )
     source = _data(task, data, train_file, validation_file, rows)
-    _show(pipeline.finetune(model, source, config, output, resume=resume).metrics, str(output))
+    record = pipeline.finetune(model, source, config, output, fake_quantize=fake_quantize, resume=resume)
+    _show(record.metrics, str(output))
 
 
 @app.command()
@@ -486,6 +491,7 @@ def study(
     dense_epochs: Annotated[float | None, typer.Option(help="Epochs of the dense reference, for all tasks.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps after the factorization, for all tasks.")] = None,
     max_length: Length = 0,
+    fake_quantize: FakeQuantize = False,
     report: Annotated[
         Path | None, typer.Option(help="Write tables (Markdown) and plots (SVG, beside it) here.")
     ] = None,
@@ -513,6 +519,7 @@ def study(
         dense_epochs=dense_epochs,
         steps=steps,
         max_length=max_length,
+        fake_quantize=fake_quantize,
     )
     failed = work_off(plan)
     weight_errors(plan)

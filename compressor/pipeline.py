@@ -15,6 +15,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +33,7 @@ from compressor.data import Example, Feature, classify_features, complete_task, 
 from compressor.dense_sparse import DenseSparse
 from compressor.evaluate import evaluate_folder, evaluate_model
 from compressor.export import Storage, export
+from compressor.fake_quantize import on_grid
 from compressor.files import replace_file
 from compressor.ksvd import factorize, relative_error, svd_error
 from compressor.layers import StackSpec, head_size, stacked_weight
@@ -104,26 +106,41 @@ def features_of(examples: Sequence[Example], tokenizer: Any, task: Task, config:
 
 
 def finetune(
-    source: str, data: Data, config: TrainConfig, output: Path, *, resume: bool = False, measure: bool = True
+    source: str,
+    data: Data,
+    config: TrainConfig,
+    output: Path,
+    *,
+    fake_quantize: bool = False,
+    resume: bool = False,
+    measure: bool = True,
 ) -> Record:
-    """Fine-tune ``source`` densely and write the checkpoint folder ``output``."""
+    """Fine-tune ``source`` densely and write the checkpoint folder ``output``.
+
+    ``fake_quantize``: on an 8-bit grid (fake_quantize.py); the record has the metrics on it as ``metrics_on_grid``.
+    """
     task = data.resolve()
     torch.manual_seed(config.seed)  # the task head is drawn here
     loaded = checkpoint.load(source, task)
     model = loaded.model.to(_device())
     training, validation = data.examples(task, config.seed)
     features = features_of(training, loaded.tokenizer, task, config)
-    result = train(
-        model,
-        features,
-        task,
-        config,
-        pad_id=loaded.tokenizer.pad_token_id,
-        checkpoint=_beside(output, "training.pt"),
-        score=_headline(model, loaded.tokenizer, task, validation),
-        resume=resume,
-        title=f"fine-tuning on {task.name}",
-    )
+    quantized: dict[str, Any] = {}
+    with on_grid(model) if fake_quantize else nullcontext():
+        result = train(
+            model,
+            features,
+            task,
+            config,
+            pad_id=loaded.tokenizer.pad_token_id,
+            checkpoint=_beside(output, "training.pt"),
+            score=_headline(model, loaded.tokenizer, task, validation),
+            resume=resume,
+            title=f"fine-tuning on {task.name}",
+            subject={"fake_quantize": True} if fake_quantize else None,
+        )
+        if fake_quantize and measure:
+            quantized["metrics_on_grid"] = evaluate_model(model, loaded.tokenizer, task, validation)
     record = Record(
         task=task.name,
         base_model=Path(source).name if Path(source).is_dir() else source,
@@ -137,6 +154,7 @@ def finetune(
             "validation_rows": len(validation),
             "steps": result.steps,
             "kept_step": result.kept_step,
+            **quantized,
         },
     )
     return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record)

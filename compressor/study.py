@@ -140,7 +140,7 @@ class Study:
 
     ``output`` gets ``rows/*.json``; ``work`` holds checkpoints. ``learning_rates``: the dense grid, walked with the
     first seed; its best is every seed's. ``steps``, ``rows``, ``dense_epochs`` and ``batch_size`` stand in for those of
-    all the tasks' budgets.
+    all the tasks' budgets. ``fake_quantize``: the dense references are fine-tuned on an 8-bit grid.
     """
 
     model: str
@@ -157,6 +157,7 @@ class Study:
     dense_epochs: float | None = None
     steps: int | None = None
     max_length: int = 0
+    fake_quantize: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tasks", "seeds", "learning_rates"):
@@ -289,7 +290,8 @@ def _require_possible(study: Study) -> dict[tuple[str, str], float]:
 
 def _settings(study: Study, run: Run) -> dict[str, Any]:
     """What decides a row's numbers besides its name."""
-    return {"budget": asdict(study.budget(run.task)), "train": asdict(_train_config(study, run))}
+    settings = {"budget": asdict(study.budget(run.task)), "train": asdict(_train_config(study, run))}
+    return {**settings, "reference": {"fake_quantize": True}} if study.fake_quantize else settings
 
 
 def _require_same(study: Study, runs: Sequence[Run]) -> None:
@@ -303,7 +305,7 @@ def _require_same(study: Study, runs: Sequence[Run]) -> None:
             for part, values in expected.items()
             for name, value in values.items()
             if row["settings"].get(part, {}).get(name) != value
-        ]
+        ] or ["references that were fine-tuned on a grid"]
         raise ConfigError(
             f"{study.output} holds a study of another configuration: {run.name} has {'; '.join(parts)}; give the same "
             f"options, or another --output"
@@ -331,7 +333,7 @@ def _do(study: Study, run: Run, ratios: Mapping[tuple[str, str], float]) -> None
     source, config, folder = study.source(run.task), _train_config(study, run), study.work / run.name
     dense = None
     if run.variant is None:
-        record = pipeline.finetune(study.model, source, config, folder, resume=True)
+        record = pipeline.finetune(study.model, source, config, folder, fake_quantize=study.fake_quantize, resume=True)
     else:
         dense = _dense_row(study, run.task, run.seed)
         assert dense is not None
@@ -381,7 +383,8 @@ def _command(study: Study) -> str:
         "steps": study.steps,
         "max-length": study.max_length or None,
     }
-    given = (f"--{name} {value}" for name, value in words.items() if value not in (None, ""))
+    given = [f"--{name} {value}" for name, value in words.items() if value not in (None, "")]
+    given += ["--fake-quantize"] if study.fake_quantize else []
     return " ".join(["dsformer-compress study --data DATA --output STUDY", *given])
 
 
@@ -395,7 +398,7 @@ def _reference(study: Study, dense: Mapping[str, Any]) -> Path:
             if checkpoint.load_record(folder) is None:
                 log.info("%s: its checkpoint is not in %s; training it again", run.name, study.work)
                 source, config = study.source(run.task), _train_config(study, run)
-                pipeline.finetune(study.model, source, config, folder, resume=True)
+                pipeline.finetune(study.model, source, config, folder, fake_quantize=study.fake_quantize, resume=True)
     return folder
 
 
