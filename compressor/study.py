@@ -295,21 +295,27 @@ def _settings(study: Study, run: Run) -> dict[str, Any]:
 
 
 def _require_same(study: Study, runs: Sequence[Run]) -> None:
+    """Rows that are there have been made with these settings; those that had no name then were at their defaults."""
+    defaults = json.loads(json.dumps({"train": asdict(TrainConfig()), "reference": {"fake_quantize": False}}))
     for run in runs:
         row = _row(study.output / "rows", run)
-        expected = json.loads(json.dumps(_settings(study, run)))
-        if row is None or row["settings"] == expected:
+        if row is None:
             continue
-        parts = [
-            f"{name} {row['settings'].get(part, {}).get(name)} there, {value} here"
-            for part, values in expected.items()
-            for name, value in values.items()
-            if row["settings"].get(part, {}).get(name) != value
-        ] or ["references that were fine-tuned on a grid"]
-        raise ConfigError(
-            f"{study.output} holds a study of another configuration: {run.name} has {'; '.join(parts)}; give the same "
-            f"options, or another --output"
+        here, there = (
+            {part: {**defaults.get(part, {}), **found.get(part, {})} for part in ("budget", "train", "reference")}
+            for found in (json.loads(json.dumps(_settings(study, run))), row["settings"])
         )
+        differing = [
+            f"{name} {there[part].get(name)} there, {value} here"
+            for part, values in here.items()
+            for name, value in values.items()
+            if there[part].get(name) != value
+        ]
+        if differing:
+            raise ConfigError(
+                f"{study.output} holds a study of another configuration: {run.name} has {'; '.join(differing)}; give "
+                f"the same options, or another --output"
+            )
 
 
 # --- one run -----------------------------------------------------------------------------------------------------
