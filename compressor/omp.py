@@ -88,15 +88,13 @@ def sparse_code_batched(
     rows_at_once = max(1, _BUFFER_FLOATS // (n_nonzero * n_atoms))
     parts = [
         _code_rows(some, gram, starts, n_nonzero, bank_limit or n_nonzero)
-        for some, starts in zip(alpha.split(rows_at_once), first.split(rows_at_once), strict=True)
+        for some, starts in zip(torch.split(alpha, rows_at_once), torch.split(first, rows_at_once), strict=True)
     ]
     shape = (n_blocks, len(weight), n_nonzero)
     return torch.cat([part[0] for part in parts]).view(shape), torch.cat([part[1] for part in parts]).view(shape)
 
 
-def _code_rows(
-    alpha: Tensor, gram: Tensor, first: Tensor, n_nonzero: int, bank_limit: int
-) -> tuple[Tensor, Tensor]:
+def _code_rows(alpha: Tensor, gram: Tensor, first: Tensor, n_nonzero: int, bank_limit: int) -> tuple[Tensor, Tensor]:
     """OMP of R rows: ``alpha`` (R, K) correlations with the atoms, ``gram`` (nb·K, K) of all blocks' atoms, ``first``
     (R,) where in it the atoms of a row's block begin."""
     rows, n_atoms = alpha.shape
@@ -151,7 +149,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dictionary: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(dictionary, indices, values)
-        n_blocks, n_rows, n_nonzero = indices.shape
+        _, n_rows, n_nonzero = indices.shape
         rows = nn.functional.embedding_bag(
             _numbered(indices, dictionary.shape[1]).view(-1, n_nonzero),
             dictionary.reshape(-1, dictionary.shape[2]),
