@@ -238,8 +238,8 @@ def fuse(model: ModelProto, n_layers: int, n_heads: int, hidden_size: int, gelu:
 def _put_branches_first(graph: GraphProto) -> None:
     """Order, in place, what each Add sums by how many nodes read it.
 
-    The patterns look for a layer behind the first Add that a residual connection sums. Where the stream itself comes out
-    of an Add (ALBERT's first layer), that must be the branch, which nothing else reads.
+    The patterns look for a layer behind the first Add that a residual connection sums. Where the stream itself comes
+    out of an Add (ALBERT's first layer), that must be the branch, which nothing else reads.
     """
     consumers = _consumers(graph)
     made = {name for node in graph.node for name in node.output}
