@@ -203,6 +203,18 @@ def finetune(
 
 
 @app.command()
+def share(
+    model: Model,
+    output: Output,
+    groups: Annotated[int, typer.Option(help="Layers with weights of their own; the others repeat them.")] = 1,
+) -> None:
+    """Make a BERT's layers share their weights, as ALBERT's do; fine-tune the result afterwards."""
+    from compressor.share import share_folder
+
+    _show(share_folder(model, output, groups), str(output))
+
+
+@app.command()
 def compress(
     model: Model,
     task: TaskName,

@@ -206,6 +206,7 @@ def fuse(model: ModelProto, n_layers: int, n_heads: int, hidden_size: int, gelu:
     options.use_multi_head_attention = True  # the Attention node would swallow the weights of Q, K and V
     options.enable_embed_layer_norm = False  # it needs float32 embeddings; ours are stored as float16
     options.use_raw_attention_mask(True)  # as 0 and 1 per token, which holds for padding on either side
+    _put_branches_first(model.graph)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "traced.onnx")
         onnx.save(model, path)
@@ -234,59 +235,104 @@ def fuse(model: ModelProto, n_layers: int, n_heads: int, hidden_size: int, gelu:
     return fused
 
 
+def _put_branches_first(graph: GraphProto) -> None:
+    """Order, in place, what each Add sums by how many nodes read it.
+
+    The patterns look for a layer behind the first Add that a residual connection sums. Where the stream itself comes
+    out of an Add (ALBERT's first layer), that must be the branch, which nothing else reads.
+    """
+    consumers = _consumers(graph)
+    made = {name for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type == "Add" and made.issuperset(node.input):
+            node.input[:] = sorted(node.input, key=lambda name: len(consumers[name]))
+
+
 # --- 3. put factors -----------------------------------------------------------------------------------------
 
 
 def put_factors(model: ModelProto, factors: Sequence[Factors], storage: Storage) -> None:
     """Replace, in place, the MatMuls of the factors' members by DSLinear nodes."""
     graph = model.graph
-    matmuls = {_module_name(node): node for node in graph.node if node.op_type == "MatMul"}
+    calls = _calls(graph)
     weights = {tensor.name: tensor for tensor in graph.initializer}
     consumers = _consumers(graph)
     fresh: dict[str, list[NodeProto]] = {}  # by the name of the node whose place they take
     gone: set[str] = set()
+    # Next to weights of 8 bits, more in attention would be wasted.
+    precision = "bfloat16" if storage == "int8" else "float32"
     for factor in factors:
-        members = [_member(matmuls, name) for name in factor.members]
-        sizes = _member_sizes(factor, members, weights)
         inputs = {}
         for name, tensor in factor.stored(storage).items():
             inputs[name] = f"{factor.name}.{name}"
             graph.initializer.append(numpy_helper.from_array(tensor, inputs[name]))
-        if len(members) == 1:
-            nodes, absorbed = _single(factor, inputs, members[0], weights, consumers)
-        else:
-            # Next to weights of 8 bits, more in attention would be wasted.
-            precision = "bfloat16" if storage == "int8" else "float32"
-            nodes, absorbed = _stacked(graph, factor, inputs, members, sizes, weights, consumers, precision)
-        # Where the last one absorbed stood: what the epilogue reads has been computed by then.
-        place = absorbed[-1] if absorbed else members[0]
-        fresh[place.name] = nodes
-        gone.update(node.name for node in [*members, *absorbed])
+        for number, members in enumerate(_calls_of(factor, calls)):
+            sizes = _member_sizes(factor, members, weights)
+            name = _call_name(factor.name, number)
+            if len(members) == 1:
+                nodes, absorbed = _single(name, factor.out_features, inputs, members[0], weights, consumers)
+            else:
+                nodes, absorbed = _stacked(graph, name, inputs, members, sizes, weights, consumers, precision)
+            # Where the last one absorbed stood: what the epilogue reads has been computed by then.
+            place = absorbed[-1] if absorbed else members[0]
+            fresh[place.name] = nodes
+            gone.update(node.name for node in [*members, *absorbed])
     graph.initializer.append(numpy_helper.from_array(np.zeros(0, np.float32), _NOTHING))
     _replace_nodes(graph, fresh, gone)
     model.opset_import.append(helper.make_opsetid(DOMAIN, SINCE_VERSION))
 
 
 def put_chains(model: ModelProto, chains: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> None:
-    """Replace, in place, the MatMul of each named layer by MatMuls with these matrices, one after another.
+    """Replace, in place, the MatMuls of each named layer by MatMuls with these matrices, one after another.
 
     chains: by module name, the matrices by theirs: (in_features, r), …, (r, out_features).
     """
     graph = model.graph
-    matmuls = {_module_name(node): node for node in graph.node if node.op_type == "MatMul"}
+    calls = _calls(graph)
     fresh: dict[str, list[NodeProto]] = {}
     for layer, matrices in chains.items():
-        matmul = _member(matmuls, layer)
-        output = matmul.input[0]
-        nodes = []
         for name, matrix in matrices.items():
-            source, output = output, f"{layer}.{name}.output"
             _require_finite(f"{layer}.{name}", matrix)
             graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(matrix), f"{layer}.{name}"))
-            nodes.append(helper.make_node("MatMul", [source, f"{layer}.{name}"], [output], name=f"{layer}.{name}"))
-        nodes[-1].output[0] = matmul.output[0]
-        fresh[matmul.name] = nodes
+        for number, matmul in enumerate(_member(calls, layer)):
+            output = matmul.input[0]
+            nodes = []
+            for name in matrices:
+                node = _call_name(f"{layer}.{name}", number)
+                source, output = output, f"{node}.output"
+                nodes.append(helper.make_node("MatMul", [source, f"{layer}.{name}"], [output], name=node))
+            nodes[-1].output[0] = matmul.output[0]
+            fresh[matmul.name] = nodes
     _replace_nodes(graph, fresh, set(fresh))
+
+
+def _calls(graph: GraphProto) -> dict[str, list[NodeProto]]:
+    """The MatMuls of each module, in order: one, or more where layers share their weights (ALBERT).
+
+    The exporter names them by the module, with a number for later calls: query, query_1, query_2.
+    """
+    calls: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        if node.op_type != "MatMul":
+            continue
+        name = _module_name(node)
+        first, _, number = name.rpartition("_")
+        again = number.isdigit() and first in calls and calls[first][0].input[1] == node.input[1]
+        calls.setdefault(first if again else name, []).append(node)
+    return calls
+
+
+def _calls_of(factor: Factors, calls: Mapping[str, Sequence[NodeProto]]) -> list[tuple[NodeProto, ...]]:
+    """The MatMuls of all members, call by call."""
+    members = [_member(calls, name) for name in factor.members]
+    if len({len(nodes) for nodes in members}) > 1:
+        raise ExportError(f"{factor.name}: its members are not called equally often.")
+    return list(zip(*members, strict=True))
+
+
+def _call_name(name: str, number: int) -> str:
+    """A name for what a call adds to the graph; that of the first is the name itself."""
+    return f"{name}_{number}" if number else name
 
 
 def _module_name(node: NodeProto) -> str:
@@ -303,10 +349,10 @@ def _consumers(graph: GraphProto) -> dict[str, list[NodeProto]]:
     return consumers
 
 
-def _member(matmuls: Mapping[str, NodeProto], name: str) -> NodeProto:
-    if name not in matmuls:
+def _member(calls: Mapping[str, Sequence[NodeProto]], name: str) -> Sequence[NodeProto]:
+    if name not in calls:
         raise ExportError(f"The exported graph has no MatMul for the layer {name}.")
-    return matmuls[name]
+    return calls[name]
 
 
 def _member_sizes(factor: Factors, members: Sequence[NodeProto], weights: Mapping[str, Any]) -> list[int]:
@@ -340,7 +386,8 @@ def _ds_linear(name: str, inputs: Mapping[str, str], output: str, **attributes: 
 
 
 def _single(
-    factor: Factors,
+    name: str,
+    out_features: int,
     inputs: Mapping[str, str],
     matmul: NodeProto,
     weights: Mapping[str, Any],
@@ -363,15 +410,15 @@ def _single(
         elif node.op_type == "Gelu":
             attributes["activation"] = "gelu"
         else:
-            bias = next((name for name in node.input if name in weights), "")
-            fits = bias and tuple(weights[bias].dims) == (factor.out_features,)
+            bias = next((each for each in node.input if each in weights), "")
+            fits = bias and tuple(weights[bias].dims) == (out_features,)
             if node.op_type not in ("BiasGelu", "Add") or not fits or "bias" in names:
                 break
             names["bias"] = bias
             attributes["activation"] = "gelu" if node.op_type == "BiasGelu" else "none"
         absorbed.append(node)
         output = node.output[0]
-    return [_ds_linear(factor.name, names, output, **attributes)], absorbed
+    return [_ds_linear(name, names, output, **attributes)], absorbed
 
 
 def _norm_epilogue(node: NodeProto, x: str, weights: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
@@ -388,7 +435,7 @@ def _norm_epilogue(node: NodeProto, x: str, weights: Mapping[str, Any]) -> tuple
 
 def _stacked(
     graph: GraphProto,
-    factor: Factors,
+    name: str,
     inputs: Mapping[str, str],
     members: Sequence[NodeProto],
     sizes: Sequence[int],
@@ -398,20 +445,20 @@ def _stacked(
 ) -> tuple[list[NodeProto], list[NodeProto]]:
     """(new nodes, nodes absorbed beside the MatMuls): one DSLinear for all members, then the Attention that takes them
     side by side; or a Split, where what follows is no attention of these three."""
-    output = f"{factor.name}.output"
-    names = {**inputs, "X": members[0].input[0]}
+    output = f"{name}.output"
+    sources = {**inputs, "X": members[0].input[0]}
     outputs = [node.output[0] for node in members]
     attention = _attention(outputs, sizes, weights, consumers)
     if not attention:
-        split = f"{factor.name}.sizes"
+        split = f"{name}.sizes"
         graph.initializer.append(numpy_helper.from_array(np.array(sizes, dtype=np.int64), split))
-        divide = helper.make_node("Split", [output, split], outputs, name=f"{factor.name}.split", axis=-1)
-        return [_ds_linear(factor.name, names, output, activation="none"), divide], []
+        divide = helper.make_node("Split", [output, split], outputs, name=f"{name}.split", axis=-1)
+        return [_ds_linear(name, sources, output, activation="none"), divide], []
     given = dict(zip(("query", "key", "value", "bias", "mask"), attention.input, strict=False))
     mask = given.get("mask", "")
     n_heads = next(value.i for value in attention.attribute if value.name == "num_heads")
     return [
-        _ds_linear(factor.name, {**names, "bias": given.get("bias", "")}, output, activation="none"),
+        _ds_linear(name, {**sources, "bias": given.get("bias", "")}, output, activation="none"),
         helper.make_node(
             ATTENTION_OP_TYPE,
             [output, mask] if mask else [output],

@@ -16,6 +16,9 @@ import pytest
 import torch
 from tiny import WORDS, make_config, make_tokenizer
 from transformers import (
+    AlbertConfig,
+    AlbertForQuestionAnswering,
+    AlbertForSequenceClassification,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -44,6 +47,8 @@ SHARED = {
     name: SIZES[name]
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 }
+# One layer, called as often as there are layers.
+ALBERT = {**SHARED, "num_hidden_layers": 2, "embedding_size": 16, "hidden_act": "gelu", "max_position_embeddings": 128}
 LABELS = {"id2label": {0: "angry", 1: "calm", 2: "happy"}, "label2id": {"angry": 0, "calm": 1, "happy": 2}}
 K, B, S = 20, 8, 3
 
@@ -72,6 +77,13 @@ def make_model(name: str) -> Any:
             model = RobertaForQuestionAnswering(config)
         case "electra":
             model = ElectraForSequenceClassification(ElectraConfig(**SHARED, embedding_size=16, **LABELS))
+        case "albert":
+            model = AlbertForSequenceClassification(AlbertConfig(**ALBERT, **LABELS))
+        case "albert-qa":
+            model = AlbertForQuestionAnswering(AlbertConfig(**ALBERT))
+        case "albert-groups":  # the activation of ALBERT's second version
+            config = AlbertConfig(**{**ALBERT, "num_hidden_groups": 2, "hidden_act": "gelu_new"}, **LABELS)
+            model = AlbertForSequenceClassification(config)
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=0.0 if "bias" in parameter_name else 1.0, std=0.2)
@@ -90,7 +102,7 @@ def factorize(model: Any) -> dict[str, Factors]:
     """Random factors for every linear layer of the encoder, and the model's weights set to their products."""
     stacks: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layer." in name:
+        if isinstance(module, torch.nn.Linear) and (".layer." in name or "albert_layers." in name):
             is_qkv = name.rpartition(".")[2] in ("query", "key", "value", "q_lin", "k_lin", "v_lin")
             stacks.setdefault(name.rpartition(".")[0] if is_qkv else name, []).append(name)
     random = np.random.default_rng(0)
@@ -141,6 +153,9 @@ def batch_of(n_rows: int, length: int, names: list[str]) -> dict[str, np.ndarray
         ("roberta", "float32"),
         ("roberta-qa", "float32"),
         ("electra", "float16"),
+        ("albert", "float32"),
+        ("albert-qa", "float32"),
+        ("albert-groups", "float32"),
         ("bert", "int16"),
         ("bert-qa", "int16"),
         ("roberta", "int16"),
@@ -149,7 +164,7 @@ def batch_of(n_rows: int, length: int, names: list[str]) -> dict[str, np.ndarray
 def test_an_export_computes_what_pytorch_computes(name: str, storage: Any, factorized: bool, tmp_path: Path) -> None:
     model = make_model(name)
     factors = factorize(model) if factorized else None
-    tokenizer = bert_tokenizer() if name[:4] == "bert" or name == "electra" else make_tokenizer()
+    tokenizer = bert_tokenizer() if name.startswith(("bert", "electra", "albert")) else make_tokenizer()
     kind = "qa" if name.endswith("-qa") else "classify"
     export(model, tokenizer, factors, tmp_path / "out", config_entry=entry(kind), storage=storage)
 
@@ -164,6 +179,9 @@ def test_an_export_computes_what_pytorch_computes(name: str, storage: Any, facto
     gelus = [node for node in graph.node if any(value.s == b"gelu" for value in node.attribute)]
     if name == "bert-relu":
         assert counts["Relu"] == 2
+        assert not gelus
+    elif name == "albert-groups":
+        assert counts["FastGelu"] == 2
         assert not gelus
     else:
         assert len(gelus if factorized else [n for n in graph.node if n.op_type == "BiasGelu"]) == 2
@@ -187,7 +205,7 @@ def test_an_export_computes_what_pytorch_computes(name: str, storage: Any, facto
             np.testing.assert_allclose(found, wanted, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-qa", "roberta", "electra"])
+@pytest.mark.parametrize("name", ["bert", "bert-qa", "roberta", "electra", "albert"])
 def test_an_int8_export_computes_nearly_what_pytorch_computes(name: str, tmp_path: Path) -> None:
     model, kind = make_model(name), "qa" if name.endswith("-qa") else "classify"
     export(model, make_tokenizer(), factorize(model), tmp_path / "out", config_entry=entry(kind), storage="int8")
@@ -205,7 +223,9 @@ def test_an_int8_export_computes_nearly_what_pytorch_computes(name: str, tmp_pat
         assert np.abs(found - wanted).max() < 0.1 * wanted.std()
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-relu", "bert-qa", "distilbert", "roberta", "electra"])
+@pytest.mark.parametrize(
+    "name", ["bert", "bert-relu", "bert-qa", "distilbert", "roberta", "electra", "albert", "albert-groups"]
+)
 def test_low_rank_chains_leave_every_other_operator_as_it_is(name: str, tmp_path: Path) -> None:
     """Two MatMuls for each one, in standard operators alone; export itself holds them against PyTorch."""
     model, method = make_model(name), SVD(2.0)
@@ -229,6 +249,44 @@ def test_low_rank_chains_leave_every_other_operator_as_it_is(name: str, tmp_path
     assert counts[1] - counts[0] == Counter()
     assert counts[0]["MultiHeadAttention"] == 2
     assert (tmp_path / "chains" / "model.onnx").stat().st_size < (tmp_path / "dense" / "model.onnx").stat().st_size
+
+
+@pytest.mark.parametrize(("name", "times"), [("albert", 1), ("albert-groups", 2)])
+def test_layers_that_share_their_weights_are_stored_once(name: str, times: int, tmp_path: Path) -> None:
+    """Two calls of one layer: nodes for each, one set of factors (as for two groups of one call each: two)."""
+    model = make_model(name)
+    factors = factorize(model)
+    assert len(factors) == 4 * times
+    chains = SVD(2.0).factorize(model, SVD(2.0).plan(model), None)  # type: ignore[arg-type] - it looks at no data
+    for variant, given in (("dsformer", factors), ("svd", {each.member: each for each in chains})):
+        if variant == "svd":
+            method = SVD(2.0)
+            method.attach(model, method.plan(model), chains, "ft-f-ft")
+            materialize(model)
+        entry_of = entry(variant=variant)
+        sizes = export(model, make_tokenizer(), given, tmp_path / variant, config_entry=entry_of, storage="float32")
+        assert sizes["factorized_float32_bytes"] == 4 * times * (4 * 32 * 32 + 2 * 32 * 64)
+        graph = onnx.load(tmp_path / variant / "model.onnx").graph
+        parts = [tensor.name for tensor in graph.initializer if ".attention." in tensor.name or ".ffn" in tensor.name]
+        stored = [part for part in parts if part.endswith((".dictionary", ".first"))]
+        assert len(stored) == len(given)
+        for part in stored:
+            readers = [node for node in graph.node if part in node.input]
+            assert len(readers) == 2 // times
+            assert len({node.name for node in readers}) == len(readers)
+
+
+def test_members_that_are_not_called_together_are_refused() -> None:
+    model = make_model("albert")
+    model.set_attn_implementation("eager")
+    batch = {key: torch.from_numpy(value) for key, value in batch_of(2, 8, ["input_ids", "attention_mask"]).items()}
+    traced = trace(model, batch, {"logits": {0: "batch"}})
+    graph = fuse(traced, n_layers=2, n_heads=4, hidden_size=32, gelu=True)
+    (factors, *_) = factorize(model).values()
+    matmul = next(node for node in graph.graph.node if node.name.endswith("/key_1/MatMul"))
+    graph.graph.node.remove(matmul)
+    with pytest.raises(ExportError, match=r"query\+key\+value: its members are not called equally often"):
+        put_factors(graph, [factors], "float32")
 
 
 def test_attention_that_is_not_ours_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
