@@ -120,6 +120,13 @@ StorageType = Annotated[
     Literal["int8", "int16", "float16", "float32"],
     typer.Option(help="How the model folder stores weights; integers: those not factorized as float16."),
 ]
+EmbeddingsType = Annotated[
+    Literal["int8", "float16", "float32"] | None,
+    typer.Option(
+        help="How it stores the tables of embeddings; int8 with one scale a row. If not given as --storage, or float16 "
+        "beside int16."
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on from the checkpoint of a killed run.")]
 
 
@@ -270,6 +277,7 @@ def export(
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
     storage: StorageType = "int8",
+    embeddings: EmbeddingsType = None,
     measure: Annotated[bool, typer.Option(help="Measure the exported model on the validation set.")] = True,
 ) -> None:
     """Write the model folder that the service loads."""
@@ -280,6 +288,7 @@ def export(
         _data(task, data, train_file, validation_file, None),
         output,
         storage=storage,
+        embeddings=embeddings,
         measure=measure,
     )
     _show({**card.get("metrics", {}), **card["sizes"]}, str(output))
@@ -395,6 +404,7 @@ def run(
     omp_interval: Interval = 1,
     evaluate_every: EvaluateEvery = 0,
     storage: StorageType = "int8",
+    embeddings: EmbeddingsType = None,
     dense_output: Annotated[Path | None, typer.Option(help="Keep the dense model folder here as well.")] = None,
     work: Annotated[Path, typer.Option(help="Checkpoints between the stages; a killed run goes on from here.")] = Path(
         "runs"
@@ -441,6 +451,7 @@ def run(
         finetuned=finetuned,
         schedule=schedule,
         storage=storage,
+        embeddings=embeddings,
     )
     _show(
         {

@@ -31,7 +31,7 @@ from compressor.config import CompressionConfig, ConfigError, KSVDConfig, Schedu
 from compressor.data import Example, Feature, classify_features, complete_task, data_files, load_examples, qa_features
 from compressor.dense_sparse import DenseSparse
 from compressor.evaluate import evaluate_folder, evaluate_model
-from compressor.export import Storage, export
+from compressor.export import EmbeddingStorage, Storage, export
 from compressor.files import replace_file
 from compressor.ksvd import factorize, relative_error, svd_error
 from compressor.layers import StackSpec, head_size, stacked_weight
@@ -288,7 +288,13 @@ def _finish(
 
 
 def export_checkpoint(
-    source: Path, data: Data, output: Path, *, storage: Storage = "int8", measure: bool = True
+    source: Path,
+    data: Data,
+    output: Path,
+    *,
+    storage: Storage = "int8",
+    embeddings: EmbeddingStorage | None = None,
+    measure: bool = True,
 ) -> dict[str, Any]:
     """Write the model folder ``output`` for the service from a checkpoint folder; returns its card.
 
@@ -328,6 +334,7 @@ def export_checkpoint(
         output,
         config_entry=entry,
         storage=storage,
+        embeddings=embeddings,
         check_texts=_texts(validation),
         card=card,
     )
@@ -355,6 +362,7 @@ def run(
     finetuned: bool = False,
     schedule: Schedule = "ft-f-stf",
     storage: Storage = "int8",
+    embeddings: EmbeddingStorage | None = None,
 ) -> dict[str, Any]:
     """Everything: fine-tune (unless ``finetuned``), compress, export dense and compressed, measure both.
 
@@ -385,8 +393,9 @@ def run(
             resume=True,
             measure=False,
         )
-    dense_card = export_checkpoint(dense_folder, data, dense_output or work / "dense-onnx", storage=storage)
-    card = export_checkpoint(compressed_folder, data, output, storage=storage)
+    stored: dict[str, Any] = {"storage": storage, "embeddings": embeddings}
+    dense_card = export_checkpoint(dense_folder, data, dense_output or work / "dense-onnx", **stored)
+    card = export_checkpoint(compressed_folder, data, output, **stored)
     headline = task.metric_names[0]
     card["dense"] = {"metrics": dense_card["metrics"], "sizes": dense_card["sizes"]}
     card["drop"] = {headline: round(dense_card["metrics"][headline] - card["metrics"][headline], 3)}
