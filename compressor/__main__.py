@@ -78,11 +78,17 @@ MethodSchedule = Annotated[
     ),
 ]
 MethodPreset = Annotated[str | None, typer.Option(help="2x, 2.8x or 3.57x (2.8x if no --ratio is given; not for nm).")]
-Ratio = Annotated[float | None, typer.Option(help="Target by eq. 11 instead of the preset's; not for ds.")]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Target by eq. 11 instead of a preset; ds chooses the sizes of each matrix for it, on training rows."
+    ),
+]
 Pattern = Annotated[str, typer.Option(help="nm: weights that stay, of how many neighbours.")]
 SparseDecay = Annotated[float, typer.Option(help="nm with sr-ste: pull of masked weights to zero.")]
 CalibrationRows = Annotated[
-    int, typer.Option(help="Training rows to look at before factorizing (data-aware ds, fwsvd, drone).")
+    int,
+    typer.Option(help="Training rows to look at before factorizing (data-aware ds, ds with --ratio, fwsvd, drone)."),
 ]
 DataAware = Annotated[
     bool, typer.Option(help="Factorize for the layers' outputs on training data, in place of their weights.")

@@ -103,7 +103,7 @@ class Factors:
         """By eq. 11: float32 numbers, and indices at their information content."""
         _, n_atoms, block_size = self.dictionary.shape
         plan = LayerPlan(self.out_features, self.in_features, block_size, n_atoms, self.indices.shape[2])
-        return 32 * self.n_weights * plan.inverse_ratio
+        return plan.bits
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """What a checkpoint keeps."""

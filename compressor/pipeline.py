@@ -165,12 +165,17 @@ def compress(
     loaded = checkpoint.load(source, task)
     _require_startable(source, loaded, method, config, teacher)
     model, pad_id = loaded.model.to(_device()), loaded.tokenizer.pad_token_id
-    plan = method.plan(model)
+    method.plan(model)  # what cannot work is refused before any data is read
     training, validation = data.examples(task, config.seed)
     features = features_of(training, loaded.tokenizer, task, config)
     guide = _teacher(model, teacher, task, config)
     before = loaded.record if loaded.factors else None
     calibration = Calibration(features, task, pad_id, config.batch_size, config.seed)
+    memory = _beside(output, "sizes.json")
+    if not resume:
+        memory.unlink(missing_ok=True)
+    method = method.settle(model, loaded.factors, calibration, memory)
+    plan = method.plan(model)
     factors = loaded.factors or method.factorize(model, plan, calibration)
     weights = dense_weights(model, factors)
     method.attach(model, plan, factors, schedule)
@@ -283,7 +288,8 @@ def _finish(
     if validation:
         record.metrics = evaluate_model(model, tokenizer, task, validation)
         checkpoint.save_record(output, record)
-    _beside(output, "training.pt").unlink(missing_ok=True)
+    for name in ("training.pt", "sizes.json"):
+        _beside(output, name).unlink(missing_ok=True)
     return record
 
 
