@@ -78,11 +78,17 @@ MethodSchedule = Annotated[
     ),
 ]
 MethodPreset = Annotated[str | None, typer.Option(help="2x, 2.8x or 3.57x (2.8x if no --ratio is given; not for nm).")]
-Ratio = Annotated[float | None, typer.Option(help="Target by eq. 11 instead of the preset's; not for ds.")]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Target by eq. 11 instead of a preset; ds chooses the sizes of each matrix for it, on training rows."
+    ),
+]
 Pattern = Annotated[str, typer.Option(help="nm: weights that stay, of how many neighbours.")]
 SparseDecay = Annotated[float, typer.Option(help="nm with sr-ste: pull of masked weights to zero.")]
 CalibrationRows = Annotated[
-    int, typer.Option(help="Training rows to look at before factorizing (data-aware ds, fwsvd, drone).")
+    int,
+    typer.Option(help="Training rows to look at before factorizing (data-aware ds, ds with --ratio, fwsvd, drone)."),
 ]
 DataAware = Annotated[
     bool, typer.Option(help="Factorize for the layers' outputs on training data, in place of their weights.")
@@ -141,6 +147,13 @@ StorageType = Annotated[
 ]
 FakeQuantize = Annotated[
     bool, typer.Option(help="Fine-tune on an 8-bit grid of weights and inputs, as Q8BERT; the weights stay on it.")
+]
+EmbeddingsType = Annotated[
+    Literal["int8", "float16", "float32"] | None,
+    typer.Option(
+        help="How it stores the tables of embeddings; int8 with one scale a row. If not given as --storage, or float16 "
+        "beside int16."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on from the checkpoint of a killed run.")]
 
@@ -326,6 +339,7 @@ def export(
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
     storage: StorageType = "int8",
+    embeddings: EmbeddingsType = None,
     measure: Annotated[bool, typer.Option(help="Measure the exported model on the validation set.")] = True,
 ) -> None:
     """Write the model folder that the service loads."""
@@ -336,6 +350,7 @@ def export(
         _data(task, data, train_file, validation_file, None),
         output,
         storage=storage,
+        embeddings=embeddings,
         measure=measure,
     )
     _show({**card.get("metrics", {}), **card["sizes"]}, str(output))
@@ -452,6 +467,7 @@ def run(
     omp_interval: Interval = 1,
     evaluate_every: EvaluateEvery = 0,
     storage: StorageType = "int8",
+    embeddings: EmbeddingsType = None,
     dense_output: Annotated[Path | None, typer.Option(help="Keep the dense model folder here as well.")] = None,
     work: Annotated[Path, typer.Option(help="Checkpoints between the stages; a killed run goes on from here.")] = Path(
         "runs"
@@ -499,6 +515,7 @@ def run(
         order_neurons=order_neurons,
         schedule=schedule,
         storage=storage,
+        embeddings=embeddings,
     )
     _show(
         {

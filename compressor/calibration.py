@@ -1,10 +1,12 @@
 """What the training data says about the weights: the inputs they meet, and how much the loss depends on them.
 
-Two statistics of each layer, both gathered by hooks while the dense model reads some training rows in batches:
+Two statistics of each layer, gathered by hooks while the dense model reads some training rows in batches:
 
 - the Gram matrix of its inputs, ``XXᵀ`` over all tokens that are not padding (DRONE);
 - the empirical Fisher information of its weights, the mean over rows of the squared gradient of the task's loss,
-  summed over each output row of W (FWSVD).
+  summed over each output row of W (FWSVD);
+
+and one that is measured layer by layer: how far the model's answers move when other weights take a layer's place.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from torch import Tensor
 
 from compressor.config import ConfigError
 from compressor.data import Feature, collate
-from compressor.layers import StackSpec
-from compressor.losses import LABELS, task_loss
+from compressor.layers import StackSpec, finite_weight, linear_layer
+from compressor.losses import LABELS, distillation_loss, task_loss
 from compressor.progress import progress
 from compressor.tasks import Task
 
@@ -110,6 +112,42 @@ def fisher_rows(model: Any, names: Sequence[str], calibration: Calibration, n_ro
         _require_finite(total, f"the gradients of {name}")
     n_seen = sum(len(batch["input_ids"]) for batch in batches)
     return {name: total.clamp_min(0) / n_seen for name, total in totals.items()}  # rounding may go below zero
+
+
+@torch.no_grad()
+def divergence_meter(model: Any, calibration: Calibration, n_rows: int) -> Callable[[Sequence[str], Tensor], float]:
+    """A function of layers' names and a stacked weight (M, N) for them: the mean loss of distillation, at temperature
+    1, between the model as it is and the model with that weight. It leaves the model as it was.
+    """
+    batches = [
+        {name: tensor.to(model.device) for name, tensor in batch.items()} for batch in calibration.batches(n_rows)
+    ]
+
+    def answers(batch: dict[str, Tensor]) -> Any:
+        return model(**{name: tensor for name, tensor in batch.items() if name not in LABELS})
+
+    with _measuring(model, []):
+        expected = [answers(batch) for batch in batches]
+
+    @torch.no_grad()
+    def divergence(names: Sequence[str], stacked: Tensor) -> float:
+        layers = [linear_layer(model, name) for name in names]
+        own = [finite_weight(model, name).clone() for name in names]
+        parts = torch.split(stacked, [layer.out_features for layer in layers])
+        total = 0.0
+        try:
+            for layer, part in zip(layers, parts, strict=True):
+                layer.weight.copy_(part)
+            with _measuring(model, []):
+                for batch, wanted in zip(batches, expected, strict=True):
+                    loss = distillation_loss(answers(batch), wanted, batch, calibration.task, 1.0)
+                    total += float(loss) * len(batch["input_ids"])
+        finally:
+            for layer, weight in zip(layers, own, strict=True):
+                layer.weight.copy_(weight)
+        return max(0.0, total) / sum(len(batch["input_ids"]) for batch in batches)
+
+    return divergence
 
 
 @contextmanager

@@ -77,12 +77,49 @@ class LayerPlan:
         delta = self.n_nonzero / self.block_size
         return gamma + (1 + math.log2(self.n_atoms) / 32) * delta
 
+    @property
+    def n_weights(self) -> int:
+        """M·N"""
+        return self.out_features * self.in_features
+
+    @property
+    def bits(self) -> float:
+        """By eq. 11: float32 numbers, and indices at their information content."""
+        return 32 * self.n_weights * self.inverse_ratio
+
+
+@dataclass(frozen=True)
+class Size:
+    """K and S of one stack, by the name of its first layer."""
+
+    name: str
+    n_atoms: int
+    n_nonzero: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The ``ratio`` by eq. 11 over all stacks, each with sizes of its own (allocation.py).
+
+    ``calibration_rows`` of the training data are looked at to choose them.
+    """
+
+    ratio: float
+    calibration_rows: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ratio) and self.ratio > 1):
+            raise ConfigError(f"--ratio must be greater than 1, got {self.ratio}")
+        if self.calibration_rows < 1:
+            raise ConfigError(f"--calibration-rows must be at least 1, got {self.calibration_rows}")
+
 
 @dataclass(frozen=True)
 class CompressionConfig:
     """γ and δ, either by preset or free, and the block size B (0: the model's head size).
 
     ``limit_banks``: rows spread their nonzeros over the banks of a dictionary, which makes inference faster.
+    ``budget``: in place of γ and δ; ``sizes`` of all stacks are what has been chosen within it, or nothing yet.
     """
 
     preset: str = "2.8x"
@@ -90,6 +127,8 @@ class CompressionConfig:
     delta: float | None = None
     block_size: int = 0
     limit_banks: bool = True
+    budget: Budget | None = None
+    sizes: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -102,7 +141,9 @@ class CompressionConfig:
 
     @property
     def name(self) -> str:
-        """The preset's name, or ``custom`` when γ or δ was given."""
+        """The preset's name, or ``custom`` when γ or δ was given, or ``allocated`` with a budget."""
+        if self.budget:
+            return "allocated"
         return self.preset if self.gamma is None and self.delta is None else "custom"
 
     def gamma_of(self, role: str) -> float:
@@ -114,6 +155,9 @@ class CompressionConfig:
     def plan(self, name: str, role: str, out_features: int, in_features: int) -> LayerPlan:
         """Sizes for one matrix; raises :class:`ConfigError` where γ, δ and B do not fit it."""
         block = self.block_size
+        given = next((size for size in self.sizes if size.name == name), None)
+        if given:
+            return self._layer(out_features, in_features, given.n_atoms, given.n_nonzero)
         if in_features % block:
             raise ConfigError(
                 f"{name}: in_features {in_features} is not divisible by the block size {block}; "
@@ -132,15 +176,16 @@ class CompressionConfig:
             )
         if n_nonzero > n_atoms:
             raise ConfigError(f"{name}: {n_nonzero} nonzeros a row exceed the {n_atoms} atoms; lower delta")
+        return self._layer(out_features, in_features, n_atoms, n_nonzero)
+
+    def _layer(self, out_features: int, in_features: int, n_atoms: int, n_nonzero: int) -> LayerPlan:
         limit = bank_limit(n_atoms, n_nonzero) if self.limit_banks else None
-        return LayerPlan(out_features, in_features, block, n_atoms, n_nonzero, limit)
+        return LayerPlan(out_features, in_features, self.block_size, n_atoms, n_nonzero, limit)
 
 
 def compression_ratio(plans: list[LayerPlan]) -> float:
     """CR by eq. 11 over several matrices, averaged by parameters."""
-    dense = sum(plan.out_features * plan.in_features for plan in plans)
-    compressed = sum(plan.out_features * plan.in_features * plan.inverse_ratio for plan in plans)
-    return dense / compressed
+    return 32 * sum(plan.n_weights for plan in plans) / sum(plan.bits for plan in plans)
 
 
 @dataclass(frozen=True)
@@ -148,8 +193,8 @@ class MethodOptions:
     """What was asked of a compression method; a field at its default was not asked for.
 
     ``preset`` or ``ratio`` (the target by eq. 11) set the size. ``gamma`` to ``order_neurons`` are of ``ds``;
-    ``pattern`` ("2:4") and ``sparse_decay`` of ``nm``; ``calibration_rows`` of ``fwsvd``, ``drone`` and a
-    data-aware ``ds``.
+    ``pattern`` ("2:4") and ``sparse_decay`` of ``nm``; ``calibration_rows`` of ``fwsvd``, ``drone`` and a ``ds`` that
+    is data-aware or has a ``ratio``.
     """
 
     preset: str | None = None
@@ -175,10 +220,16 @@ class MethodOptions:
                 flag, known = field.name.replace("_", "-"), ", ".join(f"--{name.replace('_', '-')}" for name in names)
                 raise ConfigError(f"--{flag} {value} means nothing to --method {method}; its options are {known}")
 
+    def require_one_size(self) -> None:
+        """Raise :class:`ConfigError` if ``ratio`` is not alone in setting the size."""
+        for name in ("preset", "gamma", "delta"):
+            value = getattr(self, name)
+            if self.ratio is not None and value is not None:
+                raise ConfigError(f"--{name} {value} and --ratio {self.ratio} both set the size; give one of them")
+
     def target_ratio(self) -> float:
         """The ratio by eq. 11 that was asked for; a preset's is the number in its name."""
-        if self.ratio is not None and self.preset is not None:
-            raise ConfigError(f"--preset {self.preset} and --ratio {self.ratio} both set the size; give one of them")
+        self.require_one_size()
         if self.ratio is not None:
             if not (math.isfinite(self.ratio) and self.ratio > 1):
                 raise ConfigError(f"--ratio must be greater than 1, got {self.ratio}")

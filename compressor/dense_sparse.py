@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,17 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compressor.allocation import allocate, candidates_of
 from compressor.calibration import Calibration, input_grams
 from compressor.config import (
+    Budget,
     CompressionConfig,
     ConfigError,
     KSVDConfig,
     MethodOptions,
     Schedule,
+    Size,
     compression_ratio,
 )
 from compressor.data_aware import factorize_outputs, relative_output_error
-from compressor.factors import WeightFactors
+from compressor.factors import WeightFactors, ratio
 from compressor.graph import Factors
 from compressor.ksvd import Factorization
 from compressor.layers import linear_layer, stacked_weight
@@ -31,6 +37,9 @@ from compressor.progress import progress
 from compressor.stf import Planned, attach, factorize_stacks, plan_model, stacks_of
 
 log = logging.getLogger(__name__)
+
+# How much smaller than --ratio asks a checkpoint may be that is trained on under that name.
+_SAME_RATIO = 1.1
 
 
 @dataclass(frozen=True)
@@ -54,17 +63,10 @@ class DenseSparse:
 
     @classmethod
     def from_options(cls, options: MethodOptions) -> DenseSparse:
-        own: tuple[str, ...] = (
-            "preset",
-            "gamma",
-            "delta",
-            "block_size",
-            "limit_banks",
-            "iterations",
-            "dictionary_update",
-        )
-        own += ("data_aware", "order_neurons")
-        options.require_only(cls.name, *own, *(["calibration_rows"] if options.data_aware else []))
+        own = ("preset", "ratio", "gamma", "delta", "block_size", "limit_banks", "iterations", "dictionary_update")
+        looks = options.data_aware or options.ratio is not None
+        options.require_only(cls.name, *own, "data_aware", "order_neurons", *(["calibration_rows"] if looks else []))
+        options.require_one_size()
         return cls(
             CompressionConfig(
                 options.preset or CompressionConfig.preset,
@@ -72,6 +74,7 @@ class DenseSparse:
                 options.delta,
                 options.block_size,
                 options.limit_banks,
+                None if options.ratio is None else Budget(options.ratio, options.calibration_rows),
             ),
             KSVDConfig(
                 options.iterations,
@@ -87,18 +90,61 @@ class DenseSparse:
             order_neurons(model, self.plan(model))
 
     def plan(self, model: nn.Module) -> list[Planned]:
+        """With a budget the smallest of all sizes, until :meth:`settle` has chosen."""
+        if self.compression.budget and not self.compression.sizes:
+            grid = candidates_of(model, self.compression)
+            return [(spec, min(plans, key=lambda plan: plan.bits)) for spec, plans in grid]
         return plan_model(model, self.compression)
+
+    def settle(
+        self, model: nn.Module, factors: Sequence[Factors], calibration: Calibration, memory: Path | None
+    ) -> DenseSparse:
+        budget = self.compression.budget
+        if not budget:
+            return self
+        if factors:
+            found = ratio(factors)
+            if not 1 <= found / budget.ratio + 1e-9 < _SAME_RATIO:
+                raise ConfigError(
+                    f"the checkpoint is compressed by {found:.2f}x, but --ratio asks for {budget.ratio:g}x; "
+                    f"give the ratio or the preset that it was compressed with"
+                )
+            sizes = tuple(Size(each.members[0], each.dictionary.shape[1], each.values.shape[2]) for each in factors)
+        else:
+            sizes = allocate(model, self.compression, calibration, self.ksvd.seed, memory)
+        return replace(self, compression=replace(self.compression, sizes=sizes))
 
     def describe(self, plan: Sequence[Planned], errors: Mapping[str, float] | None) -> dict[str, Any]:
         return {
-            "preset": self.compression.name,
-            "gamma": {spec.role: sizes.n_atoms / sizes.out_features for spec, sizes in plan},
-            "delta": self.compression.delta_value(),
+            **(self._describe_sizes(plan) if self.compression.budget else self._describe_preset(plan)),
             "block_size": plan[0][1].block_size,
             "ratio_eq11": round(compression_ratio([sizes for _, sizes in plan]), 4),
             "ksvd": asdict(self.ksvd),
             "order_neurons": self.order_neurons,
             "ksvd_relative_error": errors,
+        }
+
+    def _describe_preset(self, plan: Sequence[Planned]) -> dict[str, Any]:
+        return {
+            "preset": self.compression.name,
+            "gamma": {spec.role: sizes.n_atoms / sizes.out_features for spec, sizes in plan},
+            "delta": self.compression.delta_value(),
+        }
+
+    def _describe_sizes(self, plan: Sequence[Planned]) -> dict[str, Any]:
+        """γ and δ are means over the stacks of a role."""
+        assert self.compression.budget
+        gamma, delta = defaultdict(list), defaultdict(list)
+        for spec, sizes in plan:
+            gamma[spec.role].append(sizes.n_atoms / sizes.out_features)
+            delta[spec.role].append(sizes.n_nonzero / sizes.block_size)
+        return {
+            "preset": self.compression.name,
+            "ratio_target": self.compression.budget.ratio,
+            "calibration_rows": self.compression.budget.calibration_rows,
+            "gamma": {role: round(mean(found), 4) for role, found in gamma.items()},
+            "delta": {role: round(mean(found), 4) for role, found in delta.items()},
+            "sizes": {spec.names[0]: {"K": sizes.n_atoms, "S": sizes.n_nonzero} for spec, sizes in plan},
         }
 
     def factorize(self, model: nn.Module, plan: Sequence[Planned], calibration: Calibration) -> list[Factors]:
@@ -132,7 +178,7 @@ class DenseSparse:
             if factor is None or found != wanted:
                 raise ConfigError(
                     f"{spec.names[0]} has blocks, K, B, S of {found}, but the preset wants {wanted}; "
-                    f"give the preset or the gamma, delta and block size that it was compressed with"
+                    f"give the preset, the ratio, or the gamma, delta and block size that it was compressed with"
                 )
             device = linear_layer(model, spec.names[0]).weight.device
             starts.append(

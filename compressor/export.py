@@ -24,18 +24,21 @@ from compressor.factors import WeightFactors, ratio
 from compressor.files import replaced_folder
 from compressor.graph import (
     TO_INTEGERS,
+    EmbeddingStorage,
     ExportError,
     Factors,
     ModelProto,
     Storage,
+    embeddings_of,
     fuse,
     store_float16,
+    store_int8_embeddings,
     tidy,
     trace,
 )
 from compressor.session import open_session
 
-__all__ = ["ExportError", "Factors", "Storage", "export"]
+__all__ = ["EmbeddingStorage", "ExportError", "Factors", "Storage", "export"]
 
 FORMAT_VERSION = 1
 
@@ -79,6 +82,7 @@ def export(
     *,
     config_entry: Mapping[str, Any],
     storage: Storage = "int8",
+    embeddings: EmbeddingStorage | None = None,
     check_texts: Sequence[Example] = (),
     card: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -86,9 +90,9 @@ def export(
 
     model: a transformers model for sequence classification or question answering of the BERT family, its
     weights dense, those of compressed layers multiplied out; it is not changed. factors: by their first member, of
-    any method. config_entry: the "dsformer"
-    entry of config.json without precision, format_version and sha256, which are added; its `task` says
-    classify or qa. check_texts: examples on which the folder is compared with the model (a few built-in
+    any method. config_entry: the "dsformer" entry of config.json without precision, embeddings, format_version and
+    sha256, which are added; its `task` says classify or qa. embeddings: how their tables are stored, if not as
+    `embeddings_of` has it. check_texts: examples on which the folder is compared with the model (a few built-in
     sentences by default). card: written as card.json, with the sizes as its "sizes".
     Raises `ExportError`, or `SaveError` where the folder cannot be written.
     """
@@ -98,14 +102,16 @@ def export(
     model = copy.deepcopy(model).cpu().float().eval()
     model.set_attn_implementation("eager")  # the form of attention that the optimizer recognizes
     examples = list(check_texts) or _CHECK_EXAMPLES[kind]
+    embeddings = embeddings or embeddings_of(storage)
     limit = usable_positions(model)
     batch = _encode(tokenizer, _input_names(model, tokenizer), examples, limit)
 
-    graph = _build_graph(model, batch, kind, matrices, storage)
+    graph = _build_graph(model, batch, kind, matrices, storage, embeddings)
     content = graph.SerializeToString()
     entry = {
         **config_entry,
         "precision": storage if custom_ops or storage not in TO_INTEGERS else "float16",
+        "embeddings": embeddings,
         "format_version": FORMAT_VERSION,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -116,7 +122,7 @@ def export(
         _save_json(folder / "config.json", {**_config(model, kind, limit), "dsformer": entry})
         _save_json(folder / "card.json", {**(card or {}), "sizes": measured})
         _check_tokenizer(folder, batch, examples, limit)
-        _check_outputs(folder, model, batch, kind, storage, custom_ops)
+        _check_outputs(folder, model, batch, kind, (storage, embeddings), custom_ops)
         golden.write(folder)
     return measured
 
@@ -147,7 +153,12 @@ def usable_positions(model: Any) -> int:
 
 
 def _build_graph(
-    model: Any, batch: Mapping[str, torch.Tensor], kind: str, factors: Sequence[WeightFactors], storage: Storage
+    model: Any,
+    batch: Mapping[str, torch.Tensor],
+    kind: str,
+    factors: Sequence[WeightFactors],
+    storage: Storage,
+    embeddings: EmbeddingStorage,
 ) -> ModelProto:
     config = model.config
     try:
@@ -164,8 +175,10 @@ def _build_graph(
     )
     for form in dict.fromkeys(type(factor) for factor in factors):
         form.put(graph, [factor for factor in factors if type(factor) is form], storage)
-    if storage != "float32":
-        store_float16(graph)
+    if embeddings == "int8":
+        store_int8_embeddings(graph)
+    if storage != "float32" or embeddings == "float16":
+        store_float16(graph, matrices=storage != "float32", embeddings=embeddings == "float16")
     tidy(graph)
     onnx.checker.check_model(graph)
     return graph
@@ -243,7 +256,7 @@ def _check_tokenizer(folder: Path, batch: Mapping[str, torch.Tensor], examples: 
 
 
 def _check_outputs(
-    folder: Path, model: Any, batch: Mapping[str, torch.Tensor], kind: str, storage: Storage, custom_ops: bool
+    folder: Path, model: Any, batch: Mapping[str, torch.Tensor], kind: str, storages: Sequence[str], custom_ops: bool
 ) -> None:
     """ONNX Runtime against PyTorch: the padded batch, and its shortest row alone."""
     session = open_session(folder / "model.onnx", custom_ops=custom_ops)
@@ -259,11 +272,13 @@ def _check_outputs(
             expected = result[name].numpy()
             if kind == "qa":  # what stands at padding is never read
                 expected, values = expected[mask], values[mask]
-            _compare(name, expected, values, storage)
+            _compare(name, expected, values, storages)
 
 
-def _compare(name: str, expected: NDArray[Any], found: NDArray[Any], storage: Storage) -> None:
+def _compare(name: str, expected: NDArray[Any], found: NDArray[Any], storages: Sequence[str]) -> None:
+    """storages: of factors and of embeddings; the coarser one bounds the difference."""
     difference = float(np.abs(expected - found).max())
+    storage = max(storages, key=lambda each: _BOUNDS[each])
     bound = _BOUNDS[storage] * (1.0 if storage == "float32" else max(1.0, np.abs(expected).max()))
     if not difference < bound:  # also true of NaN
         raise ExportError(

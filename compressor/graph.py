@@ -5,7 +5,7 @@
    MatMul, so this must come before the next step; Q, K and V stay MatMuls outside of the attention node.
 3. `put_factors`: DSLinear in place of the MatMuls of factorized layers and of what follows them: bias, GELU, residual
    and layer norm. One for Q, K and V together, and our Attention after it.
-4. `store_float16`: large weights in half the bytes, computed in float32 all the same.
+4. `store_int8_embeddings`, `store_float16`: large tables and weights in fewer bytes, computed in float32 all the same.
 """
 
 import tempfile
@@ -29,6 +29,8 @@ from kernels.onnx_op import ATTENTION_OP_TYPE, DOMAIN, INPUT_NAMES, MAX_HEAD_WID
 # How weights lie in the file. int8 and int16: DSLinear's as integers, which are multiplied as they are; other large
 # weights as float16.
 Storage = Literal["float32", "float16", "int16", "int8"]
+# The tables of embeddings; int8 has one scale a row.
+EmbeddingStorage = Literal["float32", "float16", "int8"]
 # onnx.ModelProto, .GraphProto and .NodeProto; onnx is not followed by the type checker.
 ModelProto: TypeAlias = Any
 GraphProto: TypeAlias = Any
@@ -101,7 +103,7 @@ class Factors:
         """By eq. 11: float32 numbers, and indices at their information content."""
         _, n_atoms, block_size = self.dictionary.shape
         plan = LayerPlan(self.out_features, self.in_features, block_size, n_atoms, self.indices.shape[2])
-        return 32 * self.n_weights * plan.inverse_ratio
+        return plan.bits
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """What a checkpoint keeps."""
@@ -519,8 +521,61 @@ def as_stored(name: str, tensor: NDArray[np.float32], storage: Storage) -> NDArr
     return _as_float(name, tensor, "float32" if storage == "float32" or tensor.size < _LARGE else "float16")
 
 
-def store_float16(model: ModelProto) -> None:
-    """Store, in place, the large float32 weights of Gather, MatMul and Gemm as float16.
+def embeddings_of(storage: Storage) -> EmbeddingStorage:
+    """How the tables of embeddings lie in a file with this storage, where nothing else is asked for."""
+    return "float16" if storage == "int16" else storage
+
+
+def store_int8_embeddings(model: ModelProto) -> None:
+    """Store, in place, the large float32 tables of Gather as int8 with a float32 scale a row: row = scale · numbers.
+
+    The largest number of a row is 127. Numbers and scales are looked up first, and what was found is multiplied: the
+    tables stay as small in memory as in the file, for no session can compute that ahead of its tokens.
+    """
+    graph = model.graph
+    consumers = _consumers(graph)
+    after: dict[str, list[NodeProto]] = {}  # by the name of the Gather they follow
+    scales = []
+    for tensor in graph.initializer:
+        users = consumers[tensor.name]
+        if (
+            not _is_large_float(tensor)
+            or len(tensor.dims) != 2
+            or not all(_looks_up(node, tensor.name) for node in users)
+        ):
+            continue
+        table = numpy_helper.to_array(tensor)
+        _require_finite(tensor.name, table)
+        scale = (np.abs(table).max(axis=1, keepdims=True) / np.iinfo(np.int8).max).astype(np.float32)
+        numbers = np.rint(table / np.where(scale > 0, scale, 1.0)).astype(np.int8)
+        scales.append(numpy_helper.from_array(scale, f"{tensor.name}.scales"))
+        for gather in users:
+            after[gather.name] = _scaled(gather, f"{tensor.name}.scales")
+        tensor.CopyFrom(numpy_helper.from_array(numbers, tensor.name))
+    graph.initializer.extend(scales)
+    _insert_after(graph, after)
+
+
+def _looks_up(node: NodeProto, table: str) -> bool:
+    """Whether the node gathers rows of the table."""
+    axis = next((value.i for value in node.attribute if value.name == "axis"), 0)
+    return node.op_type == "Gather" and node.input[0] == table and axis == 0
+
+
+def _scaled(gather: NodeProto, scales: str) -> list[NodeProto]:
+    """Nodes that make what `gather` finds float32 again; its output is renamed."""
+    output = gather.output[0]
+    numbers, found = f"{output}.int8", f"{output}.scale"
+    gather.output[0] = numbers
+    return [
+        helper.make_node("Gather", [scales, gather.input[1]], [found], name=found, axis=0),
+        _cast_to_float32(numbers, f"{output}.numbers"),
+        helper.make_node("Mul", [f"{output}.numbers", found], [output], name=f"{output}.scaled"),
+    ]
+
+
+def store_float16(model: ModelProto, *, matrices: bool = True, embeddings: bool = True) -> None:
+    """Store, in place, the large float32 weights of MatMul and Gemm (`matrices`) and Gather (`embeddings`) as float16.
 
     A Cast after each Gather keeps the embeddings float16 in memory too; a Cast of a MatMul's weight is computed
     once, when ONNX Runtime loads the model.
@@ -528,30 +583,34 @@ def store_float16(model: ModelProto) -> None:
     graph = model.graph
     consumers = _consumers(graph)
     casts: list[NodeProto] = []
-    after: dict[str, NodeProto] = {}  # Cast by the name of the Gather it follows
+    after: dict[str, list[NodeProto]] = {}  # Cast by the name of the Gather it follows
     for tensor in graph.initializer:
         users = consumers[tensor.name]
         kinds = {node.op_type for node in users}
-        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < _LARGE or not users:
+        if not _is_large_float(tensor) or not users:
             continue
         name = tensor.name
-        if kinds == {"Gather"}:
+        if kinds == {"Gather"} and embeddings:
             for gather in users:
                 output = gather.output[0]
                 gather.output[0] = f"{output}.float16"
-                after[gather.name] = _cast_to_float32(f"{output}.float16", output)
-        elif kinds <= {"MatMul", "Gemm"}:
+                after[gather.name] = [_cast_to_float32(f"{output}.float16", output)]
+        elif kinds <= {"MatMul", "Gemm"} and matrices:
             casts.append(_cast_to_float32(f"{name}.float16", name))
         else:
             continue
         half = _as_float(name, numpy_helper.to_array(tensor), "float16")
         tensor.CopyFrom(numpy_helper.from_array(half, name if kinds == {"Gather"} else f"{name}.float16"))
-    nodes = casts
-    for node in graph.node:
-        nodes.append(node)
-        if node.name in after:
-            nodes.append(after[node.name])
-    _set_nodes(graph, nodes)
+    _insert_after(graph, after)
+    _set_nodes(graph, [*casts, *graph.node])
+
+
+def _is_large_float(tensor: Any) -> bool:
+    return bool(tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= _LARGE)
+
+
+def _insert_after(graph: GraphProto, after: Mapping[str, Sequence[NodeProto]]) -> None:
+    _set_nodes(graph, [each for node in graph.node for each in (node, *after.get(node.name, ()))])
 
 
 def _cast_to_float32(source: str, target: str) -> NodeProto:

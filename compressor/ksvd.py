@@ -60,8 +60,11 @@ def factorize(
     plan: LayerPlan,
     config: KSVDConfig = KSVDConfig(),  # noqa: B008 - frozen
     on_sweep: Callable[[], None] = lambda: None,
+    start: Tensor | None = None,
 ) -> Factorization:
     """K-SVD of ``weight`` (M, N); ``on_sweep`` is called after each sweep, for a progress bar.
+
+    ``start`` (N/B, K, B): unit atoms to begin with, in place of random rows of the weight.
 
     Raises :class:`ConfigError` when the weights are not finite or do not have the planned shape.
     """
@@ -71,7 +74,7 @@ def factorize(
         raise ConfigError("the weight has entries that are not finite; the checkpoint is broken")
     weight = weight.detach().float().contiguous()
     updates = {"mod": [_mod], "ksvd": [_approximate_ksvd], "auto": [_mod, _approximate_ksvd]}[config.update]
-    results = [_learn(weight, plan, config, update, on_sweep) for update in updates]
+    results = [_learn(weight, plan, config, update, on_sweep, start) for update in updates]
     errors = torch.stack([_block_errors(weight, result) for result in results])  # (updates, nb)
     best = errors.argmin(dim=0).tolist()
     return Factorization(
@@ -86,11 +89,16 @@ Update = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _learn(
-    weight: Tensor, plan: LayerPlan, config: KSVDConfig, update: Update, on_sweep: Callable[[], None]
+    weight: Tensor,
+    plan: LayerPlan,
+    config: KSVDConfig,
+    update: Update,
+    on_sweep: Callable[[], None],
+    start: Tensor | None,
 ) -> Factorization:
     generator = torch.Generator().manual_seed(config.seed)
     targets = blocks(weight, plan.block_size)
-    dictionary = _rows_as_atoms(targets, plan.n_atoms, generator)
+    dictionary = _rows_as_atoms(targets, plan.n_atoms, generator) if start is None else start
     best: Factorization | None = None
     best_errors = torch.full((plan.n_blocks,), torch.inf, device=weight.device)
     for sweep in range(config.iterations + 1):

@@ -21,6 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -165,6 +166,9 @@ class _LowRank(ABC):
                 )
             plans.append(RankPlan(name, m, n, rank))
         return plans
+
+    def settle(self, model: nn.Module, factors: Any, calibration: Calibration, memory: Path | None) -> _LowRank:
+        return self
 
     def describe(self, plan: Sequence[RankPlan], errors: Mapping[str, float] | None) -> dict[str, Any]:
         stored = sum(each.rank * (each.out_features + each.in_features) for each in plan)

@@ -5,6 +5,7 @@ checkpoints, resuming, export, measuring::
 
     prepare     the dense model rewritten into an equal one that suits the method better
     plan        sizes that reach the target, or a sentence why they cannot
+    settle      sizes that data must decide, if any
     factorize   weights → factors, once, perhaps with calibration data
     attach      factors → layers to train, in place of the model's own
     collect     the trained layers → factors, which a checkpoint keeps and an export puts into the graph
@@ -26,6 +27,7 @@ weights together; what each would do here:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -60,6 +62,11 @@ class Method(Protocol):
 
     def plan(self, model: nn.Module) -> Sequence[Any]:
         """Sizes for all weights of ``model`` that will be compressed; it is only looked at."""
+
+    def settle(self, model: nn.Module, factors: Any, calibration: Calibration, memory: Path | None) -> Method:
+        """The method with all sizes decided, where :meth:`plan` leaves some open: those that ``factors`` have, if a
+        checkpoint is trained on; else by looking at the data. ``memory``: a file that a killed run leaves for the next.
+        """
 
     def describe(self, plan: Any, errors: Mapping[str, float] | None) -> dict[str, Any]:
         """Plain values for ``card.json``: the ratio by eq. 11 as ``ratio_eq11``, the sizes, and the errors given."""

@@ -23,6 +23,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -154,6 +155,9 @@ class NM:
                     f"choose a --pattern N:M whose M divides it"
                 )
         return names
+
+    def settle(self, model: nn.Module, factors: Any, calibration: Calibration, memory: Path | None) -> NM:
+        return self
 
     def describe(self, plan: Sequence[str], errors: Mapping[str, float] | None) -> dict[str, Any]:
         return {

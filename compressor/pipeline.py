@@ -32,7 +32,7 @@ from compressor.config import CompressionConfig, ConfigError, KSVDConfig, Schedu
 from compressor.data import Example, Feature, classify_features, complete_task, data_files, load_examples, qa_features
 from compressor.dense_sparse import DenseSparse
 from compressor.evaluate import evaluate_folder, evaluate_model
-from compressor.export import Storage, export
+from compressor.export import EmbeddingStorage, Storage, export
 from compressor.fake_quantize import on_grid
 from compressor.files import replace_file
 from compressor.ksvd import factorize, relative_error, svd_error
@@ -185,12 +185,18 @@ def compress(
     model, pad_id = loaded.model.to(_device()), loaded.tokenizer.pad_token_id
     if not loaded.factors:
         method.prepare(model)
-    plan = method.plan(model)
+    method.plan(model)  # what cannot work is refused before any data is read
     training, validation = data.examples(task, config.seed)
     features = features_of(training, loaded.tokenizer, task, config)
     guide = _teacher(model, teacher, task, config)
     before = loaded.record if loaded.factors else None
     calibration = Calibration(features, task, pad_id, config.batch_size, config.seed)
+    memory = _beside(output, "sizes.json")
+    if not resume and processes.is_first():
+        memory.unlink(missing_ok=True)
+    undecided = method
+    method = processes.from_first(lambda: undecided.settle(model, loaded.factors, calibration, memory))
+    plan = method.plan(model)
     factors: Sequence[Any] = loaded.factors or processes.from_first(lambda: method.factorize(model, plan, calibration))
     weights = dense_weights(model, factors)
     method.attach(model, plan, factors, schedule)
@@ -313,14 +319,21 @@ def _finish(
         if validation:
             record.metrics = evaluate_model(model, tokenizer, task, validation)
             checkpoint.save_record(output, record)
-        _beside(output, "training.pt").unlink(missing_ok=True)
+        for name in ("training.pt", "sizes.json"):
+            _beside(output, name).unlink(missing_ok=True)
         return record
 
     return processes.from_first(finished)
 
 
 def export_checkpoint(
-    source: Path, data: Data, output: Path, *, storage: Storage = "int8", measure: bool = True
+    source: Path,
+    data: Data,
+    output: Path,
+    *,
+    storage: Storage = "int8",
+    embeddings: EmbeddingStorage | None = None,
+    measure: bool = True,
 ) -> dict[str, Any]:
     """Write the model folder ``output`` for the service from a checkpoint folder; returns its card.
 
@@ -360,6 +373,7 @@ def export_checkpoint(
         output,
         config_entry=entry,
         storage=storage,
+        embeddings=embeddings,
         check_texts=_texts(validation),
         card=card,
     )
@@ -388,6 +402,7 @@ def run(
     order_neurons: bool = False,
     schedule: Schedule = "ft-f-stf",
     storage: Storage = "int8",
+    embeddings: EmbeddingStorage | None = None,
 ) -> dict[str, Any]:
     """Everything: fine-tune (unless ``finetuned``), compress, export dense and compressed, measure both.
 
@@ -420,8 +435,9 @@ def run(
         )
 
     def exported() -> dict[str, Any]:
-        dense_card = export_checkpoint(dense_folder, data, dense_output or work / "dense-onnx", storage=storage)
-        card = export_checkpoint(compressed_folder, data, output, storage=storage)
+        stored: dict[str, Any] = {"storage": storage, "embeddings": embeddings}
+        dense_card = export_checkpoint(dense_folder, data, dense_output or work / "dense-onnx", **stored)
+        card = export_checkpoint(compressed_folder, data, output, **stored)
         headline = task.metric_names[0]
         card["dense"] = {"metrics": dense_card["metrics"], "sizes": dense_card["sizes"]}
         card["drop"] = {headline: round(dense_card["metrics"][headline] - card["metrics"][headline], 3)}

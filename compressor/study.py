@@ -78,7 +78,8 @@ class Variant:
 
     ``label`` is that word. What follows the method's name are fields of :class:`MethodOptions` and
     :class:`TrainConfig`, and ``schedule``; a field alone is true. A word that fixes a size (``preset``, ``ratio``,
-    ``gamma``, ``delta`` or ``pattern``) is run at that size only, any other at every size of the study.
+    ``gamma``, ``delta``, or the method ``nm``) is run at that size only, any other at every size of the study.
+    ``by_ratio``: ds with ``ratio`` alone, which is given the ratio by eq. 11 of every preset, and not its γ and δ.
     """
 
     label: str
@@ -86,6 +87,7 @@ class Variant:
     schedule: Schedule | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    by_ratio: bool = False
 
     @property
     def has_size(self) -> bool:
@@ -98,19 +100,21 @@ def parse_variant(label: str) -> Variant:
     find_method(method)
     parts: dict[str, dict[str, str]] = {"options": {}, "train": {}}
     homes = {name: part for part, kind in _HOMES.items() for name in (each.name for each in fields(kind))}
-    schedule = None
+    schedule, by_ratio = None, False
     for word in words:
         name, _, value = word.partition("=")
         name = name.replace("-", "_")
         if name == "schedule":
             schedule = value
+        elif word == "ratio":
+            by_ratio = True
         elif name in homes and name != "seed":
             parts[homes[name]][name] = value or "true"
         else:
             raise ConfigError(f"{label!r}: there is no option {name.replace('_', '-')!r}; see compress --help")
     values = {part: _typed(label, _HOMES[part], words) for part, words in parts.items()}
-    variant = Variant(label.strip(), method, schedule, **values)  # type: ignore[arg-type]
-    find_schedule(find_method(method).from_options(_options(variant, None, None, 0)), variant.schedule)
+    variant = Variant(label.strip(), method, schedule, **values, by_ratio=by_ratio)  # type: ignore[arg-type]
+    find_schedule(find_method(method).from_options(_options(variant, None, 2.0, 0)), variant.schedule)
     return variant
 
 
@@ -130,7 +134,7 @@ def _options(variant: Variant, preset: str | None, ratio: float | None, seed: in
     """At a size of the study: the preset for ds, whose ratio by eq. 11 the others get."""
     size: dict[str, Any] = {}
     if not variant.has_size:
-        size = {"preset": preset} if variant.method == "ds" else {"ratio": ratio}
+        size = {"preset": preset} if variant.method == "ds" and not variant.by_ratio else {"ratio": ratio}
     return MethodOptions(**{**size, **variant.options, "seed": seed})
 
 

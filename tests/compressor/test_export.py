@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, numpy_helper
 from tiny import WORDS, make_config, make_tokenizer
 from transformers import (
     AlbertConfig,
@@ -307,7 +309,8 @@ def test_integers_are_for_factorized_weights(storage: Any, tmp_path: Path) -> No
         assert config["dsformer"]["precision"] == precision
         graph = onnx.load(tmp_path / "out" / "model.onnx").graph
         types = {tensor.name: onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in graph.initializer}
-        assert all((types[name] == np.dtype(storage)) == name.endswith(("dictionary", "values")) for name in types)
+        integers = ("dictionary", "values", *(["position_embeddings.weight"] if storage == "int8" else []))
+        assert all((types[name] == np.dtype(storage)) == name.endswith(integers) for name in types)
 
 
 def test_float16_halves_the_file_and_stays_float16_in_memory(tmp_path: Path) -> None:
@@ -326,6 +329,59 @@ def test_float16_halves_the_file_and_stays_float16_in_memory(tmp_path: Path) -> 
     (gather,) = [node for node in graph.node if embeddings in node.input]
     assert gather.op_type == "Gather"  # looked up as float16, a row at a time cast
     assert all(types[name] == np.float32 for name in types if "LayerNorm" in name or name.endswith("bias"))
+
+
+def test_int8_embeddings_stay_int8_in_memory(tmp_path: Path) -> None:
+    """Rows within half a step of the model's; no table becomes float32 when a session is made."""
+    model = BertForSequenceClassification(make_config(vocab_size=4000)).eval()
+    table = model.bert.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        table[7] *= 1000
+    out = tmp_path / "out"
+    export(model, make_tokenizer(), None, out, config_entry=entry(), storage="float16", embeddings="int8")
+    assert json.loads((out / "config.json").read_text())["dsformer"]["embeddings"] == "int8"
+    graph = onnx.load(out / "model.onnx").graph
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    (name,) = [name for name in held if name.endswith("word_embeddings.weight")]
+    scales = held[f"{name}.scales"]
+    assert (held[name].dtype, scales.dtype, scales.shape) == (np.int8, np.float32, (4000, 1))
+    difference = np.abs(held[name] * scales - table.detach().numpy())
+    assert (difference <= 0.5001 * scales).all()
+    assert scales[0] == 0  # of padding
+    assert np.abs(held[name]).max(axis=1).tolist() == [0] + [127] * 3999
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(str(out / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    loaded = onnx.load(tmp_path / "loaded.onnx").graph.initializer
+    assert [tensor.data_type for tensor in loaded if 4000 in tensor.dims and 32 in tensor.dims] == [TensorProto.INT8]
+
+
+@pytest.mark.parametrize("embeddings", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("storage", ["int8", "float32"])
+def test_embeddings_have_a_storage_of_their_own(storage: Any, embeddings: Any, tmp_path: Path) -> None:
+    """The file holds its weights and little else, and each weight takes the bytes of its storage."""
+    config = make_config(vocab_size=4000, hidden_size=64, intermediate_size=256)
+    model = BertForSequenceClassification(config).eval()
+    sizes = export(
+        model,
+        make_tokenizer(),
+        factorize(model),
+        tmp_path / "out",
+        config_entry=entry(),
+        storage=storage,
+        embeddings=embeddings,
+    )
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    tables = {name: tensor.nbytes for name, tensor in held.items() if "_embeddings.weight" in name}
+    number = {"int8": 1, "float16": 2, "float32": 4}[embeddings]
+    small = 4 * 2 * 64  # of the token types
+    assert sum(tables.values()) == (4000 + 128) * (number * 64 + (4 if embeddings == "int8" else 0)) + small
+    own = sum(t.nbytes for name, t in held.items() if name.endswith(("dictionary", "indices", "values", ".scales")))
+    assert sizes["factorized_bytes"] == own - sum(tables[name] for name in tables if name.endswith(".scales"))
+    assert sizes["file_bytes"] == (tmp_path / "out" / "model.onnx").stat().st_size
+    assert 0 < sizes["file_bytes"] - sum(tensor.nbytes for tensor in held.values()) < 30_000
 
 
 @pytest.mark.parametrize("storage", ["float16", "int16", "int8"])
@@ -376,6 +432,7 @@ def test_the_folder_describes_itself(tmp_path: Path) -> None:
     assert config["dsformer"] == {
         **entry(),
         "precision": "float32",
+        "embeddings": "float32",
         "format_version": 1,
         "sha256": hashlib.sha256((out / "model.onnx").read_bytes()).hexdigest(),
     }

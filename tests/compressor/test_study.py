@@ -200,6 +200,16 @@ def test_sizes_of_the_study_are_not_for_what_has_its_own(study: Study) -> None:
     assert sizes == {("nm", ""), ("ds:delta=0.5", ""), ("svd", "2.8x")}
 
 
+def test_ds_by_ratio_gets_that_of_the_preset(study: Study) -> None:
+    """The knapsack in place of the paper's γ and δ, at the same size."""
+    word = parse_variant("ds:ratio:iterations=2:calibration-rows=8:schedule=ft-f")
+    assert work_off(replace(study, variants=(word, parse_variant("svd:schedule=ft-f")), seeds=(0,))) == []
+    rows = {row["method"].split(":")[0]: row["compression"] for row in rows_of(study.output).values() if row["size"]}
+    assert rows["ds"]["ratio_target"] == rows["svd"]["ratio_target"]
+    assert rows["ds"]["ratio_eq11"] >= rows["ds"]["ratio_target"]
+    assert rows["ds"]["sizes"], "of each matrix its own"
+
+
 def test_a_broken_row_is_a_sentence(study: Study, unbroken: Path, tmp_path: Path) -> None:
     (tmp_path / "study" / "rows").mkdir(parents=True)
     (tmp_path / "study" / "rows" / "cola-0-dense-0.001.json").write_text('{"score": ')

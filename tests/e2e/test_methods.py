@@ -136,7 +136,7 @@ def test_sizes_are_of_what_is_stored(
     assert len(halves) == (0 if storage == "float32" else 8 if name == "svd" else 12)  # 16 of svd's are too small
     precision = json.loads((served / "config.json").read_text())["dsformer"]["precision"]
     assert precision == ("float32" if storage == "float32" else "float16")
-    answers(served, trained, tolerance=1e-4 if storage == "float32" else 5e-3)
+    answers(served, trained, tolerance={"float32": 1e-4, "float16": 5e-3}.get(storage, 0.1))
 
 
 def matrices_of(graph: Any, layer: str) -> list[str]:
@@ -192,6 +192,49 @@ def test_a_compressed_checkpoint_is_trained_on(name: str, data: pipeline.Data, d
         pipeline.compress(str(tmp_path / "first"), data, make_method("ds"), CONFIG, tmp_path / "third", **options)
     with pytest.raises(ConfigError, match="cannot be its own teacher"):
         pipeline.compress(str(tmp_path / "first"), data, make_method(name), CONFIG, tmp_path / "third")
+
+
+def test_sizes_of_single_matrices(data: pipeline.Data, dense: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """ds with a ratio: compressed after a kill, trained on, exported, and served."""
+    method = find_method("ds").from_options(
+        MethodOptions(ratio=2.1, block_size=4, iterations=2, calibration_rows=20, limit_banks=False)
+    )
+    first, often = tmp_path / "first", replace(CONFIG, checkpoint_seconds=1e-9)
+    advance = _Loop.advance
+
+    def killed(loop: _Loop) -> float:
+        if loop.step == 2:
+            raise KeyboardInterrupt
+        return advance(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Loop, "advance", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.compress(dense, data, method, often, first, measure=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.allocation.output_errors", None)  # the sizes are known by now
+        record = pipeline.compress(dense, data, method, often, first, resume=True, measure=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    told = record.compression
+    assert told["preset"] == "allocated"
+    assert told["ratio_target"] == 2.1 <= told["ratio_eq11"] < 2.3
+    factors = {each.members[0]: each for each in checkpoints.load(str(first), data.resolve()).factors}
+    assert {name: (size["K"], size["S"]) for name, size in told["sizes"].items()} == {
+        name: (each.dictionary.shape[1], each.values.shape[2]) for name, each in factors.items()
+    }
+    assert len({tuple(size.values()) for size in told["sizes"].values()}) > 2
+
+    options = {"teacher": dense, "measure": False}
+    second = pipeline.compress(str(first), data, method, CONFIG, tmp_path / "second", **options)
+    assert second.compression == told
+    assert second.extra["steps"] == 2 * record.extra["steps"]
+    other = find_method("ds").from_options(MethodOptions(ratio=2.42, block_size=4))
+    with pytest.raises(ConfigError, match=r"is compressed by 2\.\d\dx, but --ratio asks for 2.42x"):
+        pipeline.compress(str(first), data, other, CONFIG, tmp_path / "third", **options)
+
+    card = pipeline.export_checkpoint(tmp_path / "second", data, tmp_path / "served", storage="float32")
+    assert card["sizes"]["compression_ratio"] == pytest.approx(told["ratio_eq11"], abs=1e-3)
+    answers(tmp_path / "served", tmp_path / "second", tolerance=1e-4)
 
 
 def test_factors_of_before_there_were_methods_are_dsformer_s(data: pipeline.Data, dense: str, tmp_path: Path) -> None:
@@ -273,8 +316,8 @@ def test_methods_and_schedules_that_do_not_exist() -> None:
         find_method("tucker")
     with pytest.raises(ConfigError, match="--schedule sr-ste is not how --method svd is trained; it knows ft-f-ft"):
         find_schedule(make_method("svd"), "sr-ste")
-    with pytest.raises(ConfigError, match=r"--ratio 2.0 means nothing to --method ds"):
-        make_method("ds", ratio=2.0)
+    with pytest.raises(ConfigError, match=r"--pattern 1:4 means nothing to --method ds"):
+        make_method("ds", pattern="1:4")
 
 
 def test_the_command_says_it_in_a_sentence(data: pipeline.Data, dense: str, tmp_path: Path) -> None:
