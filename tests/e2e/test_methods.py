@@ -108,7 +108,7 @@ def answers(served: Path, trained: Path, tolerance: float) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(trained).eval()
     with torch.no_grad():
         expected = plain(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.numpy()
-    assert np.ptp(expected, axis=0).max() > 10 * tolerance
+    assert np.ptp(expected, axis=0).max() > 3 * tolerance
     np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
@@ -136,7 +136,7 @@ def test_sizes_are_of_what_is_stored(
     assert len(halves) == (0 if storage == "float32" else 8 if name == "svd" else 12)  # 16 of svd's are too small
     precision = json.loads((served / "config.json").read_text())["dsformer"]["precision"]
     assert precision == ("float32" if storage == "float32" else "float16")
-    answers(served, trained, tolerance={"float32": 1e-4, "float16": 5e-3}.get(storage, 0.1))
+    answers(served, trained, tolerance={"float32": 1e-4, "float16": 5e-3}.get(storage, 0.06))
 
 
 def matrices_of(graph: Any, layer: str) -> list[str]:
