@@ -1,7 +1,7 @@
-"""Models on disk: Hugging Face folders, with the factors beside the weights where there are any.
+"""Models on disk: Hugging Face folders.
 
-A compressed checkpoint is an ordinary folder whose weights are already multiplied out, so any tool can load it; the
-factors themselves lie in ``factors.safetensors`` and what was done in ``training.json``.
+A compressed checkpoint is one too: factors stand in the place of weights (huggingface.py), and what was done in
+``training.json``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
+from compressor import huggingface
 from compressor.config import ConfigError
 from compressor.factors import WeightFactors
 from compressor.files import replace_file, replaced_folder
@@ -26,7 +25,8 @@ from compressor.layers import materialize
 from compressor.methods import Method, find_method
 from compressor.tasks import Task
 
-FACTORS = "factors.safetensors"
+# Beside dense effective weights, in folders of before factors took their place.
+_FACTORS = "factors.safetensors"
 RECORD = "training.json"
 
 
@@ -86,29 +86,24 @@ def load(source: str, task: Task) -> Checkpoint:
         raise ConfigError(f"cannot load the model {source!r}: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {source!r} has no fast form; the service needs a tokenizer.json")
+    folder = Path(source)
+    method, factors = _take_factors(model) if hasattr(model, "compression") else _factors_beside(folder)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ConfigError(f"the checkpoint {source!r} is broken: {name} has entries that are not finite")
-    folder = Path(source)
-    return Checkpoint(model, tokenizer, *load_factors(folder), load_record(folder))
+    return Checkpoint(model, tokenizer, method, factors, load_record(folder))
 
 
 def save(target: Path, model: Any, tokenizer: Any, record: Record, method: Method | None = None) -> None:
     """Write a checkpoint folder; ``method``'s layers become plain ones that hold effective weights (in place)."""
-    factors = method.collect(model) if method else []
-    members = json.dumps([factor.members for factor in factors])
-    tensors = {
-        f"{i}.{name}": np.ascontiguousarray(tensor)
-        for i, factor in enumerate(factors)
-        for name, tensor in factor.tensors().items()
-    }
-    materialize(model)
     with replaced_folder(target) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
         if method:
-            save_file(tensors, str(folder / FACTORS), metadata={"members": members, "method": method.name})
+            huggingface.save(model, folder, method, record.stage)
+        else:
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         save_record(folder, record)
+    materialize(model)
 
 
 def save_record(folder: Path, record: Record) -> None:
@@ -116,9 +111,16 @@ def save_record(folder: Path, record: Record) -> None:
     replace_file(folder / RECORD, (json.dumps(asdict(record), indent=2) + "\n").encode())
 
 
-def load_factors(folder: Path) -> tuple[str | None, list[WeightFactors]]:
+def _take_factors(model: Any) -> tuple[str, list[WeightFactors]]:
+    """The method of a compressed model and its factors; the model gets plain layers, in place."""
+    method, factors = model.compression.method.name, list(model.compression.factors(model))
+    model.dequantize()
+    return method, factors
+
+
+def _factors_beside(folder: Path) -> tuple[str | None, list[WeightFactors]]:
     """The method of a compressed checkpoint and its factors; None and nothing for a dense one."""
-    path = folder / FACTORS
+    path = folder / _FACTORS
     if not path.is_file():
         return None, []
     try:

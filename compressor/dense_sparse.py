@@ -22,6 +22,7 @@ from compressor.config import (
     CompressionConfig,
     ConfigError,
     KSVDConfig,
+    LayerPlan,
     MethodOptions,
     Schedule,
     Size,
@@ -31,10 +32,11 @@ from compressor.data_aware import factorize_outputs, relative_output_error
 from compressor.factors import WeightFactors, ratio
 from compressor.graph import Factors
 from compressor.ksvd import Factorization
-from compressor.layers import linear_layer, stacked_weight
+from compressor.layers import StackSpec, linear_layer, stacked_weight
 from compressor.neurons import order_neurons
 from compressor.progress import progress
 from compressor.stf import Planned, attach, factorize_stacks, plan_model, stacks_of
+from kernels.banks import bank_atoms, bank_limit
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +202,22 @@ class DenseSparse:
             Factors(stack.names, *_arrays(stack.dictionary, stack.indices, stack.values, stack.metric))
             for stack in stacks_of(model)
         ]
+
+    @classmethod
+    def restore(cls, factors: Sequence[Factors]) -> tuple[DenseSparse, list[Planned]]:
+        return cls(CompressionConfig(), KSVDConfig()), [(StackSpec(each.members, ""), _sizes(each)) for each in factors]
+
+
+def _sizes(factor: Factors) -> LayerPlan:
+    """Of these factors; codes that keep to the banks of their dictionary are to keep to them."""
+    _, n_atoms, block_size = factor.dictionary.shape
+    n_nonzero = factor.indices.shape[2]
+    limit = bank_limit(n_atoms, n_nonzero)
+    banks = factor.indices // bank_atoms(n_atoms)
+    limited = all(int((banks == bank).sum(axis=2).max()) <= limit for bank in range(int(banks.max()) + 1))
+    return LayerPlan(
+        factor.out_features, factor.in_features, block_size, n_atoms, n_nonzero, limit if limited else None
+    )
 
 
 def _arrays(*parts: Tensor | None) -> list[Any]:

@@ -40,6 +40,9 @@ class WeightFactors(Protocol):
     def from_tensors(cls, members: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> WeightFactors:
         """The way back from :meth:`tensors`."""
 
+    def dense(self) -> NDArray[np.float32]:
+        """The weights that it stands for, those of all members on top of one another, (M, N)."""
+
     def stored(self, storage: Storage) -> dict[str, NDArray[Any]]:
         """What the graph holds of it with this storage; its bytes are the second of the three sizes."""
 
@@ -82,6 +85,9 @@ class LowRankFactors:
     @classmethod
     def from_tensors(cls, members: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> LowRankFactors:
         return cls(members[0], tensors["first"], tensors["second"])
+
+    def dense(self) -> NDArray[np.float32]:
+        return self.second @ self.first
 
     def stored(self, storage: Storage) -> dict[str, NDArray[Any]]:
         return {name: as_stored(f"{self.member}.{name}", each, storage) for name, each in self.tensors().items()}

@@ -106,11 +106,12 @@ class Factors:
         return plan.bits
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps; indices as small as PyTorch knows them all."""
         metric = {} if self.metric is None else {"metric": self.metric}
+        n_atoms = self.dictionary.shape[1]
         return {
             "dictionary": self.dictionary,
-            "indices": self.indices.astype(np.int32),
+            "indices": self.indices.astype(np.uint8 if n_atoms <= 256 else np.int16 if n_atoms <= 32768 else np.int32),
             "values": self.values,
             **metric,
         }
@@ -119,6 +120,12 @@ class Factors:
     def from_tensors(cls, members: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> "Factors":
         parts = (tensors.get(name) for name in ("dictionary", "indices", "values", "metric"))
         return cls(tuple(members), *parts)  # type: ignore[arg-type]
+
+    def dense(self) -> NDArray[np.float32]:
+        """S·D (M, N)"""
+        codes = np.zeros((*self.indices.shape[:2], self.dictionary.shape[1]), dtype=np.float32)
+        np.put_along_axis(codes, self.indices.astype(np.int64), self.values, axis=2)
+        return np.concatenate(codes @ self.dictionary, axis=1)
 
     @staticmethod
     def put(model: ModelProto, factors: Sequence["Factors"], storage: Storage) -> None:

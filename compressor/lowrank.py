@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from compressor.calibration import Calibration, fisher_rows, input_grams
 from compressor.config import ConfigError, MethodOptions, Schedule
-from compressor.factors import LowRankFactors, WeightFactors
+from compressor.factors import LowRankFactors, WeightFactors, ratio
 from compressor.layers import (
     CompressedLinear,
     compressed_layers,
@@ -213,6 +213,11 @@ class _LowRank(ABC):
             for name, layer in compressed_layers(model)
             if isinstance(layer, LowRankLinear)
         ]
+
+    @classmethod
+    def restore(cls, factors: Sequence[LowRankFactors]) -> tuple[_LowRank, list[RankPlan]]:
+        sizes = [(factor.member, len(factor.second), factor.first.shape[1], len(factor.first)) for factor in factors]
+        return cls(ratio(factors)), [RankPlan(*each) for each in sizes]
 
     def _statistics(self, model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
         return {}

@@ -9,6 +9,7 @@ checkpoints, resuming, export, measuring::
     factorize   weights → factors, once, perhaps with calibration data
     attach      factors → layers to train, in place of the model's own
     collect     the trained layers → factors, which a checkpoint keeps and an export puts into the graph
+    restore     factors → method and sizes, for a checkpoint that somebody else loads
 
 Everything is said of a model's *set* of named weights and never of one matrix, so there is room for methods that tie
 weights together; what each would do here:
@@ -79,6 +80,10 @@ class Method(Protocol):
 
     def collect(self, model: nn.Module) -> Sequence[WeightFactors]:
         """The factors of the layers that :meth:`attach` put into ``model``, as they are now."""
+
+    @classmethod
+    def restore(cls, factors: Sequence[Any]) -> tuple[Method, Sequence[Any]]:
+        """A method and a plan by which ``factors`` can be attached again: their sizes, where nothing else is known."""
 
 
 METHODS: dict[str, type[Method]] = {"ds": DenseSparse, "svd": SVD, "fwsvd": FWSVD, "drone": DRONE, "nm": NM}

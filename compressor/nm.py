@@ -194,6 +194,10 @@ class NM:
             if isinstance(layer, MaskedLinear)
         ]
 
+    @classmethod
+    def restore(cls, factors: Sequence[MaskedFactors]) -> tuple[NM, list[str]]:
+        return cls(factors[0].kept, factors[0].group), [factor.member for factor in factors]
+
     def _factors(self, name: str, weight: Tensor, mask: Tensor) -> MaskedFactors:
         """The weights under ``mask`` without the others, and their places."""
         groups = mask.reshape(len(weight), -1, self.group)

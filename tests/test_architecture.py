@@ -58,6 +58,11 @@ def test_importing_the_service_loads_no_training():
     assert not TRAINING & modules_after(f"import {modules}")
 
 
+def test_importing_the_compressor_loads_neither_torch_nor_transformers():
+    """It only waits for transformers to be imported, to tell it of our checkpoints."""
+    assert not {"torch", "transformers", "onnxruntime"} & modules_after("import compressor")
+
+
 def test_kernels_names_no_version():
     """transformers would take it for the version of Hugging Face's package `kernels`."""
     import kernels

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -51,3 +54,12 @@ def save_folder(folder: Path, kind: str) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def stored_factors(folder: Path) -> dict[str, np.ndarray]:
+    """What a compressed checkpoint's file has in the place of weights, by name."""
+    factors = json.loads((folder / "config.json").read_text())["quantization_config"]["factors"]
+    held = load_file(folder / "model.safetensors")
+    return {
+        name: held[name] for each in factors for name in (f"{each['members'][0]}.{part}" for part in each["tensors"])
+    }

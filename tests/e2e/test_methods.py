@@ -15,9 +15,8 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
-from tiny import save_folder
+from safetensors.numpy import load_file
+from tiny import save_folder, stored_factors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from compressor import checkpoint as checkpoints
@@ -100,7 +99,7 @@ def pipeline_ratio(loaded: checkpoints.Checkpoint) -> float:
 
 
 def answers(served: Path, trained: Path, tolerance: float) -> None:
-    """The service's own model code gives the logits of the checkpoint, which any tool can load."""
+    """The service's own model code gives the logits of the checkpoint, as Transformers loads it."""
     model = OnnxModel(read(served), threads=1)
     rows = [model.tokenizer.single.join(tokens.ids) for tokens in model.tokenizer.encode(TEXTS)]
     (found,) = model.run(rows)
@@ -122,8 +121,7 @@ def test_sizes_are_of_what_is_stored(
     trained, served = tmp_path / "trained", tmp_path / "served"
     pipeline.compress(dense, data, make_method(name), CONFIG, trained, measure=False)
     factors = checkpoints.load(str(trained), data.resolve()).factors
-    on_disk = load_file(trained / "factors.safetensors")
-    counted = [tensor.nbytes for part, tensor in on_disk.items() if not part.endswith(".group")]
+    counted = [tensor.nbytes for part, tensor in stored_factors(trained).items() if not part.endswith(".group")]
     assert 8 * sum(counted) == sum(factor.bits for factor in factors)
 
     card = pipeline.export_checkpoint(trained, data, served, storage=storage, measure=False)
@@ -170,11 +168,10 @@ def test_a_killed_run_goes_on_to_the_numbers_of_an_unbroken_one(
     with pytest.raises(TrainingError, match="belongs to another configuration"):
         pipeline.compress(dense, data, make_method("svd"), config, output, resume=True, measure=False)
     pipeline.compress(dense, data, make_method(name), config, output, schedule=schedule, resume=True, measure=False)
-    for file in ("model.safetensors", "factors.safetensors"):
-        whole, resumed = load_file(tmp_path / "whole" / file), load_file(output / file)
-        assert set(whole) == set(resumed)
-        for part, tensor in whole.items():
-            np.testing.assert_array_equal(resumed[part], tensor, err_msg=part)
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", output))
+    assert set(whole) == set(resumed)
+    for part, tensor in whole.items():
+        np.testing.assert_array_equal(resumed[part], tensor, err_msg=part)
 
 
 @pytest.mark.parametrize("name", ["svd", "nm"])
@@ -184,7 +181,7 @@ def test_a_compressed_checkpoint_is_trained_on(name: str, data: pipeline.Data, d
     second = pipeline.compress(str(tmp_path / "first"), data, make_method(name), CONFIG, tmp_path / "second", **options)
     assert second.extra["steps"] == 2 * first.extra["steps"]
     assert second.compression["relative_error"] == first.compression["relative_error"]
-    old, new = (load_file(tmp_path / which / "factors.safetensors") for which in ("first", "second"))
+    old, new = (stored_factors(tmp_path / which) for which in ("first", "second"))
     assert any(not np.array_equal(old[part], new[part]) for part in old)
     if name == "nm":  # ASP's mask stays, even where it was not set in this run
         assert all(np.array_equal(old[part], new[part]) for part in old if part.endswith("packed_indices"))
@@ -235,20 +232,6 @@ def test_sizes_of_single_matrices(data: pipeline.Data, dense: str, tmp_path: Pat
     card = pipeline.export_checkpoint(tmp_path / "second", data, tmp_path / "served", storage="float32")
     assert card["sizes"]["compression_ratio"] == pytest.approx(told["ratio_eq11"], abs=1e-3)
     answers(tmp_path / "served", tmp_path / "second", tolerance=1e-4)
-
-
-def test_factors_of_before_there_were_methods_are_dsformer_s(data: pipeline.Data, dense: str, tmp_path: Path) -> None:
-    pipeline.compress(dense, data, make_method("ds"), CONFIG, tmp_path / "ds", measure=False)
-    file = tmp_path / "ds" / "factors.safetensors"
-    with safe_open(str(file), "np") as opened:
-        members = opened.metadata()["members"]
-    save_file(load_file(file), file, metadata={"members": members})
-    loaded = checkpoints.load(str(tmp_path / "ds"), data.resolve())
-    assert loaded.method == "ds"
-    assert len(loaded.factors) == 8
-    save_file(load_file(file), file, metadata={"members": members, "method": "tucker"})
-    with pytest.raises(ConfigError, match="is broken: unknown method 'tucker'"):
-        checkpoints.load(str(tmp_path / "ds"), data.resolve())
 
 
 # --- what data-aware methods gain on their data ---------------------------------------------------------------
