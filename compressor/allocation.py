@@ -2,12 +2,15 @@
 
 Of each stack a small grid of sizes is tried. A choice takes its bits by eq. 11, and costs
 
-    cost = divergence · (‖(W − Ŵ)X‖ / ‖WX‖)²        (each squared error over that of the stack's reference choice)
+    cost = displacement · (error / error of the reference)²        error = ‖(W − Ŵ)X‖ / ‖WX‖
 
-with X the inputs of the layer on calibration rows. The divergence is what happens to the model's answers on those rows
-(the loss of distillation) when this stack alone becomes its reference choice, the one next to the preset 2.8x: small
-errors add up in squares, so one measurement a stack prices all its choices. One choice of each stack is taken so that
-the costs sum to the least at which the bits keep to the budget: a multiple-choice knapsack, which HiGHS solves exactly.
+with X the inputs of the layer on calibration rows. The displacement is how far the model's hidden states move on some
+of these rows when this stack alone becomes its reference, the choice next to the preset 2.8x: small errors add up in
+squares, so one measurement a stack prices all its choices. One choice of each stack is taken so that the costs sum to
+the least at which the bits keep to the budget: a multiple-choice knapsack, which HiGHS solves exactly.
+
+Errors without a price are no guide: on SST-2, before any training and at the size of the preset 2.8x, the least sum of
+squared errors left the hidden states 0.52 of their square away, where the preset leaves 0.45 and the least cost 0.40.
 
 Ŵ is a plain K-SVD of a few sweeps, which starts from the dictionary of the choice before it. That ranks the choices
 fairly, though fifty sweeps would leave less of each error: all get the same few, most of what K-SVD gains it gains in
@@ -29,7 +32,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-from compressor.calibration import Calibration, divergence_meter, input_grams
+from compressor.calibration import Calibration, displacement, input_grams
 from compressor.config import PRESETS, CompressionConfig, ConfigError, KSVDConfig, LayerPlan, Size
 from compressor.data_aware import relative_output_error
 from compressor.files import replace_file
@@ -47,8 +50,9 @@ _SWEEPS = 1
 _LANES = 16
 _GAMMAS = (Fraction(1, 12), Fraction(1, 8), Fraction(1, 6), Fraction(1, 4))
 _DELTAS, _DELTA_STEP = (Fraction(1, 16), Fraction(5, 16)), Fraction(1, 32)
-# Each stack's divergence is measured at what this preset gives it.
+# Each stack's displacement is measured at what this preset gives it, on so many rows at most.
 _REFERENCE = PRESETS["2.8x"]
+_DISPLACEMENT_ROWS = 64
 # Units of the budget in the knapsack: the solver keeps to a millionth of one.
 _UNITS = 1e6
 _SOLVER_SECONDS = 60.0
@@ -174,14 +178,12 @@ def measure(
     choices = []
     missing = [spec for spec, _ in grid if spec.names[0] not in memory.found]
     grams = input_grams(model, missing, calibration, n_rows) if missing else {}
-    divergence = divergence_meter(model, calibration, n_rows) if missing else None
     known = sum(len(plans) for spec, plans in grid if spec.names[0] in memory.found)
     with progress("sizes", total=sum(len(plans) for _, plans in grid), done=known) as advance:
         for spec, plans in grid:
             name = spec.names[0]
             reference = min(range(len(plans)), key=lambda i: _distance(plans[i], spec.role))
             if name not in memory.found:
-                assert divergence
                 stand_in: list[Tensor] = []
 
                 def on_choice(plan: LayerPlan, found: Factorization) -> None:
@@ -190,9 +192,10 @@ def measure(
                     advance()
 
                 errors = output_errors(stacked_weight(model, spec.names).detach(), plans, grams[name], seed, on_choice)
-                memory.keep(name, errors, divergence(spec.names, stand_in[0]))
+                moved = displacement(model, spec.names, stand_in[0], calibration, min(n_rows, _DISPLACEMENT_ROWS))
+                memory.keep(name, errors, moved)
             measured = memory.found[name]
-            scale = measured["divergence"] / max(measured["errors"][reference] ** 2, 1e-12)
+            scale = measured["displacement"] / max(measured["errors"][reference] ** 2, 1e-12)
             choices.append(
                 [Choice(plan, scale * error**2) for plan, error in zip(plans, measured["errors"], strict=True)]
             )
@@ -218,8 +221,8 @@ class Memory:
             if kept.get("settings") == settings:
                 self.found = kept["found"]
 
-    def keep(self, name: str, errors: Sequence[float], divergence: float) -> None:
-        self.found[name] = {"errors": list(errors), "divergence": divergence}
+    def keep(self, name: str, errors: Sequence[float], displacement: float) -> None:
+        self.found[name] = {"errors": list(errors), "displacement": displacement}
         if self.path:
             replace_file(self.path, json.dumps({"settings": self.settings, "found": self.found}).encode())
 

@@ -6,7 +6,7 @@ Two statistics of each layer, gathered by hooks while the dense model reads some
 - the empirical Fisher information of its weights, the mean over rows of the squared gradient of the task's loss,
   summed over each output row of W (FWSVD);
 
-and one that is measured layer by layer: how far the model's answers move when other weights take a layer's place.
+and one that is measured layer by layer: how far the hidden states move when other weights take a layer's place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from compressor.config import ConfigError
 from compressor.data import Feature, collate
 from compressor.layers import StackSpec, finite_weight, linear_layer
-from compressor.losses import LABELS, distillation_loss, task_loss
+from compressor.losses import LABELS, hidden_loss, task_loss
 from compressor.progress import progress
 from compressor.tasks import Task
 
@@ -115,39 +115,31 @@ def fisher_rows(model: Any, names: Sequence[str], calibration: Calibration, n_ro
 
 
 @torch.no_grad()
-def divergence_meter(model: Any, calibration: Calibration, n_rows: int) -> Callable[[Sequence[str], Tensor], float]:
-    """A function of layers' names and a stacked weight (M, N) for them: the mean loss of distillation, at temperature
-    1, between the model as it is and the model with that weight. It leaves the model as it was.
+def displacement(model: Any, names: Sequence[str], stacked: Tensor, calibration: Calibration, n_rows: int) -> float:
+    """How far the hidden states move when ``stacked`` (M, N) are the weights of these layers, all others as they are.
+
+    The squared distance relative to their size, averaged over layers and rows, as distillation has it (``train.py``).
+    ``model`` is left as it was.
     """
-    batches = [
-        {name: tensor.to(model.device) for name, tensor in batch.items()} for batch in calibration.batches(n_rows)
-    ]
-
-    def answers(batch: dict[str, Tensor]) -> Any:
-        return model(**{name: tensor for name, tensor in batch.items() if name not in LABELS})
-
-    with _measuring(model, []):
-        expected = [answers(batch) for batch in batches]
-
-    @torch.no_grad()
-    def divergence(names: Sequence[str], stacked: Tensor) -> float:
-        layers = [linear_layer(model, name) for name in names]
-        own = [finite_weight(model, name).clone() for name in names]
-        parts = torch.split(stacked, [layer.out_features for layer in layers])
-        total = 0.0
-        try:
-            for layer, part in zip(layers, parts, strict=True):
-                layer.weight.copy_(part)
-            with _measuring(model, []):
-                for batch, wanted in zip(batches, expected, strict=True):
-                    loss = distillation_loss(answers(batch), wanted, batch, calibration.task, 1.0)
-                    total += float(loss) * len(batch["input_ids"])
-        finally:
-            for layer, weight in zip(layers, own, strict=True):
-                layer.weight.copy_(weight)
-        return max(0.0, total) / sum(len(batch["input_ids"]) for batch in batches)
-
-    return divergence
+    layers = [linear_layer(model, name) for name in names]
+    own = [finite_weight(model, name).clone() for name in names]
+    others = torch.split(stacked, [layer.out_features for layer in layers])
+    total = n_seen = 0.0
+    try:
+        with _measuring(model, []):
+            for batch in calibration.batches(n_rows):
+                inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in LABELS}
+                states = []
+                for weights in (own, others):
+                    for layer, weight in zip(layers, weights, strict=True):
+                        layer.weight.copy_(weight)
+                    states.append(model(**inputs, output_hidden_states=True))
+                n_seen += len(inputs["input_ids"])
+                total += float(hidden_loss(states[1], states[0], inputs["attention_mask"])) * len(inputs["input_ids"])
+    finally:
+        for layer, weight in zip(layers, own, strict=True):
+            layer.weight.copy_(weight)
+    return total / n_seen
 
 
 @contextmanager

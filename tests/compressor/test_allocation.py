@@ -18,7 +18,7 @@ from transformers import BertForSequenceClassification
 
 from compressor import allocation
 from compressor.allocation import Choice, Memory, allocate, candidates, candidates_of, choose, measure, output_errors
-from compressor.calibration import Calibration, divergence_meter
+from compressor.calibration import Calibration, displacement
 from compressor.config import (
     PRESETS,
     Budget,
@@ -163,15 +163,16 @@ def test_never_worse_than_the_preset_at_its_size(model: Any, measured: list[list
     assert cost_of(taken) < cost_of(uniform)
 
 
-def test_divergence_is_of_the_stand_in_alone(model: Any, calibration: Calibration) -> None:
+def test_displacement_is_of_the_stand_in_alone(model: Any, calibration: Calibration) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    divergence = divergence_meter(model, calibration, 20)
-    spec = find_stacks(model)[0]
-    weight = stacked_weight(model, spec.names).detach().clone()
-    assert divergence(spec.names, weight) == 0
-    small, large = (divergence(spec.names, weight + size * torch.randn_like(weight)) for size in (0.05, 1.0))
-    assert 0 < small < large
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for spec in find_stacks(model)[:2]:
+        weight = stacked_weight(model, spec.names).detach().clone()
+        moved = [
+            displacement(model, spec.names, weight + size * torch.randn_like(weight), calibration, 20)
+            for size in (0.0, 0.05, 1.0)
+        ]
+        assert moved[0] == 0 < moved[1] < moved[2]
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 # --- a killed run --------------------------------------------------------------------------------------------
