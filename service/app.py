@@ -35,6 +35,7 @@ from service.errors import MethodNotAllowed, NotFound, NotReady, ServiceError, S
 from service.lane import Lane
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics, version
+from service.page import page
 from service.probes import probes
 from service.registry import Registry
 from service.settings import Settings
@@ -73,12 +74,14 @@ def create_app(settings: Settings) -> FastAPI:
         version=version(),
         description="Text classification and question answering by dense and by DSFormer-compressed BERT models.",
         lifespan=lifespan,
+        docs_url=None,  # page/ has it, from files of its own
         redoc_url=None,
         redirect_slashes=False,
     )
     app.state.service = service
     app.include_router(tasks)
     app.include_router(comparisons)
+    app.include_router(page)
     app.include_router(probes)
     app.add_middleware(Observed, service=service)
     app.add_exception_handler(ServiceError, on_service_error)
