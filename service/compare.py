@@ -3,7 +3,9 @@
 The variants take turns, A B B A, so that a drift of the machine's speed falls on all alike. The first round warms up;
 each further round is timed and gives one ratio per variant: the baseline's time over its own, of tokenize + infer +
 postprocess. The speed-up is their median, and its interval the percentile bootstrap of that median.
-Everything runs in the low-priority lane (lane.py). At the deadline the rounds that are complete are the answer.
+
+Everything runs in the low-priority lane (lane.py), the windows of a long context one by one. At the deadline the complete
+rounds are the answer.
 """
 
 from __future__ import annotations
@@ -118,22 +120,28 @@ class Duel:
         self.rounds: list[dict[OnnxModel, Timings]] = []
 
     async def run(self) -> None:
-        lane = self._service.lane
         for number in range(1 + self._body.parameters.repeats):
-            async with lane.turn():
+            async with self._service.lane.turn():
                 times = {}
                 for model in self.models if number % 2 else reversed(self.models):
-                    await lane.quiet()
-                    self._service.lifecycle.check_serving()
                     times[model] = await self._run_once(model)
             if number > 0:
                 self.rounds.append(times)
 
     async def _run_once(self, model: OnnxModel) -> Timings:
-        workers, timings = self._service.lane.workers, Timings()
-        prepared, timings.tokenize = await workers.run(lambda: prepare(self._service, model, self._body), self._chars)
-        outputs = await self._service.engine.infer(model, prepared.rows, timings, low_priority=True)
-        found, timings.postprocess = await workers.run(lambda: prepared.decode(outputs), self._chars)
+        service, lane, timings = self._service, self._service.lane, Timings()
+        async with lane.gap():
+            service.lifecycle.check_serving()
+            prepared, timings.tokenize = await lane.workers.run(
+                lambda: prepare(service, model, self._body), self._chars
+            )
+        outputs = []
+        for row in prepared.rows:
+            async with lane.gap():
+                service.lifecycle.check_serving()
+                outputs += await service.engine.infer(model, [row], timings, low_priority=True)
+        async with lane.gap():
+            found, timings.postprocess = await lane.workers.run(lambda: prepared.decode(outputs), self._chars)
         self.found[model] = prepared, found
         return timings
 

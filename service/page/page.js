@@ -218,7 +218,7 @@ async function startRace() {
   const count = Number($("count").value);
   let frame = 0;
   racing = true;
-  $("start").textContent = "Stop";
+  $("start").textContent = "Stop race";
   $("track").hidden = false;
   $("race-status").textContent = "";
   const track = new Track($("track"), contenders);
@@ -242,7 +242,7 @@ async function startRace() {
     showFailure(error, startRace);
   } finally {
     racing = false;
-    $("start").textContent = "Start";
+    $("start").textContent = "Start race";
   }
 }
 

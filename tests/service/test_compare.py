@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from service import lane
+from service.admission import Admission
 from service.compare import Found, bootstrap, choice_of, differences, speed_up_of
 from service.model import OnnxModel
 
@@ -157,6 +158,33 @@ def test_it_waits_while_a_request_is_admitted(client: TestClient) -> None:
     assert time.perf_counter() - began >= 0.3
     assert (late.status_code, late.json()["error_type"]) == (504, "deadline")
     assert client.post("/compare", json=CLASSIFY).status_code == 200
+
+
+def test_it_takes_a_small_share_of_the_time_while_there_is_traffic() -> None:
+    admission = Admission(100)
+
+    async def come() -> None:
+        while True:
+            with admission.enter(1, 1.0):
+                pass
+            await asyncio.sleep(0.02)
+
+    async def share(seconds: float, traffic: bool) -> float:
+        """Of the time, that steps of 10 ms take."""
+        tested, coming = lane.Lane(admission), asyncio.create_task(come())
+        if not traffic:
+            coming.cancel()
+        began, busy = time.perf_counter(), 0.0
+        while time.perf_counter() - began < seconds:
+            async with tested.gap():
+                entered = time.perf_counter()
+                await asyncio.sleep(0.01)
+                busy += time.perf_counter() - entered
+        coming.cancel()
+        return busy / (time.perf_counter() - began)
+
+    assert asyncio.run(share(1.0, traffic=True)) < 2 * lane.TRAFFIC_SHARE
+    assert asyncio.run(share(0.2, traffic=False)) > 0.5
 
 
 def test_at_the_deadline_the_complete_rounds_are_the_answer(

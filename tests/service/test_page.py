@@ -216,7 +216,7 @@ def test_examples_are_one_click_away(visit: Callable[..., Any]) -> None:
 def test_a_race_and_the_table_of_the_service(visit: Callable[..., Any]) -> None:
     page = visit().page
     page.get_by_label("Requests").select_option("20")
-    page.get_by_role("button", name="Start").click()
+    page.get_by_role("button", name="Start race").click()
     expect(page.locator("#race-status")).to_contain_text("Finished")
     for name in ("Dense", "DSFormer 2.8x"):
         drawn = page.get_by_role("img", name=re.compile(f"^20 answers of {re.escape(name)}"))
@@ -226,8 +226,8 @@ def test_a_race_and_the_table_of_the_service(visit: Callable[..., Any]) -> None:
     expect(row.get_by_role("cell").nth(0)).to_contain_text("ms")
     expect(row.get_by_role("cell").nth(2)).not_to_have_text("0.0")
     page.get_by_label("Requests").select_option("200")
-    page.get_by_role("button", name="Start").click()
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Start race").click()
+    page.get_by_role("button", name="Stop race").click()
     expect(page.locator("#race-status")).to_contain_text("Stopped")
 
 
@@ -264,7 +264,7 @@ def test_a_busy_service_is_a_sentence(visit: Callable[..., Any], site: Site, mon
 def test_a_full_service_ends_the_race_with_a_sentence(visit: Callable[..., Any], site: Site) -> None:
     page = visit().page
     with site.service.admission.enter(10 * site.service.admission.limit_tokens, 1.0):
-        page.get_by_role("button", name="Start").click()
+        page.get_by_role("button", name="Start race").click()
         expect(page.get_by_role("alert")).to_contain_text("The service is full")
     expect(page.locator("#race-status")).to_have_text("The race ended early.")
 
@@ -319,7 +319,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(
         expect(page.locator("article")).to_have_count(2)
         expect(field).to_be_hidden()
         page.get_by_label("Requests").select_option("20")
-        page.get_by_role("button", name="Start").click()
+        page.get_by_role("button", name="Start race").click()
         expect(page.locator("#race-status")).to_contain_text("Finished")
     kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
     assert kept == '[{},{},""]'
@@ -366,7 +366,7 @@ def test_accessible_and_nowhere_too_wide(visit: Callable[..., Any], scheme: str,
     page = opened.page
     assert opened.width() == size["width"]
     page.get_by_label("Requests").select_option("20")
-    page.get_by_role("button", name="Start").click()
+    page.get_by_role("button", name="Start race").click()
     expect(page.locator("#race-status")).to_contain_text("Finished")
     for _ in range(2):
         page.get_by_role("button", name="Compare").click()
