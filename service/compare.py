@@ -4,8 +4,8 @@ The variants take turns, A B B A, so that a drift of the machine's speed falls o
 each further round is timed and gives one ratio per variant: the baseline's time over its own, of tokenize + infer +
 postprocess. The speed-up is their median, and its interval the percentile bootstrap of that median.
 
-Everything runs in the low-priority lane (lane.py), the windows of a long context one by one. At the deadline the complete
-rounds are the answer.
+Everything runs in the low-priority lane (lane.py), the windows of a long context one by one. At the deadline the
+complete rounds are the answer.
 """
 
 from __future__ import annotations
