@@ -24,6 +24,7 @@ class Admission:
         self.limit_tokens = limit_tokens
         self.tokens = 0
         self.requests = 0
+        self.entered = 0  # ever
         # Refused requests that have not come back yet: when they were told to, and their tokens.
         self._told: deque[tuple[float, int]] = deque()
         self._told_tokens = 0
@@ -56,6 +57,7 @@ class Ticket:
         self._tokens = tokens
         admission.tokens += tokens
         admission.requests += 1
+        admission.entered += 1
 
     def settle(self, tokens: int) -> None:
         """Put the true cost in the place of the estimate."""

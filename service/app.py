@@ -2,6 +2,8 @@
 
     POST /classify /qa                      the default variant, or parameters.variant
     POST /variants/{variant}/classify|qa    the variant in the path
+    POST /compare                           every variant on the same input
+    GET  /                                  the page for people
     GET  /livez /readyz /health /info /metrics /docs
 
 A request's way: edge.py (id, size) -> schemas.py -> tasks.py -> admission.py -> classify.py or qa.py (tokenize) ->
@@ -25,11 +27,15 @@ from starlette.exceptions import HTTPException
 import kernels
 from service import errors, keys, lifecycle, registry
 from service.admission import Admission
+from service.compare import comparisons
+from service.compare_metrics import CompareMetrics
 from service.edge import Observed, log_failure
 from service.engine import Engine
 from service.errors import MethodNotAllowed, NotFound, NotReady, ServiceError, StartError
+from service.lane import Lane
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics, version
+from service.page import page
 from service.probes import probes
 from service.registry import Registry
 from service.settings import Settings
@@ -48,15 +54,19 @@ def create_app(settings: Settings) -> FastAPI:
     isa = chosen_isa(models)
     metrics = Metrics(models, settings.threads, isa.name, settings.max_queue_tokens)
     engine = Engine(settings.max_batch_tokens, metrics.batch, settings.stall_seconds)
+    admission = Admission(settings.max_queue_tokens)
+    lane = Lane(admission)
     service = Service(
         settings=settings,
         models=models,
         keys=keys.load(settings.api_key, settings.api_key_file),
         workers=Workers(settings.threads),
-        admission=Admission(settings.max_queue_tokens),
+        admission=admission,
         engine=engine,
         lifecycle=Lifecycle(engine, settings.hang_seconds),
         metrics=metrics,
+        lane=lane,
+        compare_metrics=CompareMetrics(metrics.registry, models, lambda: lane.inside),
         isa=isa,
     )
     app = FastAPI(
@@ -64,16 +74,19 @@ def create_app(settings: Settings) -> FastAPI:
         version=version(),
         description="Text classification and question answering by dense and by DSFormer-compressed BERT models.",
         lifespan=lifespan,
+        docs_url=None,  # page/ has it, from files of its own
         redoc_url=None,
         redirect_slashes=False,
     )
     app.state.service = service
     app.include_router(tasks)
+    app.include_router(comparisons)
+    app.include_router(page)
     app.include_router(probes)
     app.add_middleware(Observed, service=service)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    for path in ("/classify", "/qa", "/variants/{variant}/classify", "/variants/{variant}/qa"):
+    for path in ("/classify", "/qa", "/variants/{variant}/classify", "/variants/{variant}/qa", "/compare"):
         service.metrics.expect(path, "POST", (200, *ERRORS))
     log.info(
         "service configured",
@@ -103,6 +116,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     for task in background:
         task.cancel()
     service.workers.close()
+    service.lane.close()
     service.engine.close()
 
 

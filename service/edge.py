@@ -80,8 +80,10 @@ class Observed:
             if "answered" in state:
                 self._metrics.answered(state["answered"])
             self._metrics.request(task, state.get("variant"), outcome_of(status), seconds)
+        if "count" in state:  # a route that keeps counts of its own
+            state["count"](status)
         # Probes and scrapes come every few seconds and say nothing while they succeed.
-        quiet = task is None and status < 400
+        quiet = method in ("GET", "HEAD") and status < 400
         log.log(
             logging.DEBUG if quiet else logging.INFO,
             "request",
@@ -116,7 +118,7 @@ def log_failure(error: BaseException, request_id: str) -> None:
     )
 
 
-class TaskRoute(APIRoute):
+class BodyRoute(APIRoute):
     """A route with a JSON body: key, media type and size are checked first, then pydantic parses and checks in one go.
 
     FastAPI reads the endpoint's signature for the OpenAPI document; its own way of parsing, through Python objects and
@@ -126,10 +128,9 @@ class TaskRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         endpoint = self.endpoint
         body_type: type[BaseModel] = typing.get_type_hints(endpoint)["body"]
-        task = self.path.rsplit("/", 1)[-1]
 
         async def handle(request: Request) -> Response:
-            request.state.task = task
+            self.begin(request)
             service = service_of(request)
             service.keys.check(request.headers.get("authorization"))
             bodies.check_media_type(request)
@@ -142,3 +143,13 @@ class TaskRoute(APIRoute):
             return response
 
         return handle
+
+    def begin(self, request: Request) -> None:
+        """Say how the request is counted."""
+
+
+class TaskRoute(BodyRoute):
+    """A route to a task, the last part of its path."""
+
+    def begin(self, request: Request) -> None:
+        request.state.task = self.path.rsplit("/", 1)[-1]

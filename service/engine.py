@@ -2,7 +2,8 @@
 
 One thread, because each run already uses every core: two at once would take turns on the same cores and spoil each
 other's timing. The models take turns as well. Nothing waits for a batch to fill: what came while the last batch ran is
-what the next one is made of. A job is touched by the event loop alone, but for its list of waiting rows, which the lock
+what the next one is made of. A job of low priority runs by itself while no other row waits, and is left out of the
+metrics and of the speed. A job is touched by the event loop alone, but for its list of waiting rows, which the lock
 guards.
 """
 
@@ -49,6 +50,7 @@ class Job:
     rows: Sequence[Row]
     future: asyncio.Future[list[list[Logits]]]
     alone: bool = False
+    low_priority: bool = False
     infer: float = 0.0
     lengths: Sequence[int] = field(init=False)
     waiting: list[int] = field(init=False)
@@ -69,6 +71,10 @@ class Batch:
     seconds: float
 
     @property
+    def low_priority(self) -> bool:
+        return self.items[0][0].low_priority  # such a job runs alone
+
+    @property
     def tokens(self) -> int:
         return sum(job.lengths[row] for job, row in self.items)
 
@@ -86,6 +92,7 @@ class Engine:
         self._changed = threading.Condition()
         self._queues: dict[OnnxModel, JobQueue[Job]] = {}
         self._turns: deque[OnnxModel] = deque()
+        self._low: JobQueue[Job] = JobQueue(max_batch_tokens)
         self._jobs: set[Job] = set()
         self._running_since: float | None = None
         self._closed = False
@@ -102,16 +109,18 @@ class Engine:
         timings: Timings | None = None,
         seconds: float | None = None,
         gone: Callable[[], Awaitable[None]] | None = None,
+        low_priority: bool = False,
     ) -> list[list[Logits]]:
         """The model's outputs for each row, in the rows' order.
 
         seconds : rows that no batch took by then never run, and DeadlineExceeded is raised
         gone    : returns when the client has left; then too the rest never runs, and ClientGone is raised
+        low_priority : each of its batches waits until no row of another priority does
         An output with one value per token keeps the padding of its batch at its end.
         """
         timings = timings or Timings()
         loop = asyncio.get_running_loop()
-        job = Job(model, rows, loop.create_future())
+        job = Job(model, rows, loop.create_future(), alone=low_priority, low_priority=low_priority)
         handles = []
         if seconds is not None:
             handles.append(loop.call_later(max(0.0, seconds), self._expire, job))
@@ -157,7 +166,8 @@ class Engine:
     def queued(self, model: OnnxModel) -> tuple[int, int]:
         """Rows and tokens that wait for a model."""
         with self._changed:
-            lengths = [job.lengths[row] for job in self._jobs if job.model is model for row in job.waiting]
+            jobs = [job for job in self._jobs if job.model is model and not job.low_priority]
+            lengths = [job.lengths[row] for job in jobs for row in job.waiting]
         return len(lengths), sum(lengths)
 
     def fail_all(self, error: ServiceError) -> None:
@@ -176,10 +186,13 @@ class Engine:
             self._thread.start()
         self._jobs.add(job)
         with self._changed:
-            if job.model not in self._queues:
-                self._queues[job.model] = JobQueue(self._max_batch_tokens)
-                self._turns.append(job.model)
-            self._queues[job.model].add(job)
+            if job.low_priority:
+                self._low.add(job)
+            else:
+                if job.model not in self._queues:
+                    self._queues[job.model] = JobQueue(self._max_batch_tokens)
+                    self._turns.append(job.model)
+                self._queues[job.model].add(job)
             self._changed.notify()
 
     def _fail(self, job: Job, error: BaseException) -> None:
@@ -204,13 +217,15 @@ class Engine:
         if outputs is None:
             self._after_failure(batch, jobs, failure or BackendFailed("The model failed."))
             return
-        speed = batch.tokens / max(batch.seconds, 1e-6)
-        self.tokens_per_second += (speed - self.tokens_per_second) * (SPEED_SHARE if self.tokens_per_second else 1)
         for position, (job, row) in enumerate(batch.items):
             job.outputs[row] = [output[position] for output in outputs]
         for job in jobs:
             if all(job.outputs) and not job.future.done():
                 job.future.set_result(job.outputs)
+        if batch.low_priority:
+            return
+        speed = batch.tokens / max(batch.seconds, 1e-6)
+        self.tokens_per_second += (speed - self.tokens_per_second) * (SPEED_SHARE if self.tokens_per_second else 1)
         # After those who wait have been woken, and so after their answers have been sent.
         asyncio.get_running_loop().call_soon(self._on_batch, batch)
 
@@ -270,4 +285,4 @@ class Engine:
             self._turns.rotate(-1)
             if items := self._queues[model].take():
                 return items
-        return []
+        return self._low.take()

@@ -1,4 +1,4 @@
-"""Every Prometheus metric, once: name, unit, labels, buckets.
+"""Every Prometheus metric, once: name, unit, labels, buckets. Those of comparisons are in compare_metrics.py.
 
 No label holds anything a user wrote. Every label set that can occur exists from the start at 0, so that rates and
 alerts work before the first error.

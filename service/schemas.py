@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag
 from pydantic_core import PydanticCustomError
 
 from service.settings import Truncation
@@ -14,7 +14,8 @@ OffsetEncoding = Literal["codepoint", "utf16", "byte"]
 
 # Names of the union members below. They show up in pydantic's error locations and are taken out there.
 ONE_TEXT, ONE_OBJECT, MANY = "<text>", "<object>", "<list>"
-TAGS = frozenset({ONE_TEXT, ONE_OBJECT, MANY})
+CLASSIFY, QA = "<classify>", "<qa>"
+TAGS = frozenset({ONE_TEXT, ONE_OBJECT, MANY, CLASSIFY, QA})
 
 
 def real_text(text: str) -> str:
@@ -196,3 +197,111 @@ class ErrorBody(BaseModel):
 
 class Status(BaseModel):
     status: str
+
+
+DEFAULT_REPEATS = 20
+REPEATS = Field(
+    default=DEFAULT_REPEATS,
+    ge=1,
+    le=100,
+    strict=True,
+    description="Timed rounds, in each of which every variant runs once; fewer where the deadline comes first.",
+)
+NO_VARIANT_HERE = Field(default=None, description="Null: a comparison runs every variant.")
+
+
+class ClassifyComparisonParameters(ClassifyParameters):
+    repeats: int = REPEATS
+    variant: None = NO_VARIANT_HERE
+
+
+class QaComparisonParameters(QaParameters):
+    repeats: int = REPEATS
+    variant: None = NO_VARIANT_HERE
+
+
+class ClassifyComparison(Strict):
+    task: Literal["classify"]
+    inputs: ClassifyInput
+    parameters: ClassifyComparisonParameters = Field(default_factory=ClassifyComparisonParameters)
+
+    def item(self) -> TextPair:
+        return TextPair(text=self.inputs) if isinstance(self.inputs, str) else self.inputs
+
+
+class QaComparison(Strict):
+    task: Literal["qa"]
+    inputs: Question
+    parameters: QaComparisonParameters = Field(default_factory=QaComparisonParameters)
+
+    def item(self) -> Question:
+        return self.inputs
+
+
+def task_of(value: Any) -> str | None:
+    """Which of the two bodies below a value is meant to be."""
+    task = value.get("task") if isinstance(value, dict) else getattr(value, "task", None)
+    return {"classify": CLASSIFY, "qa": QA}.get(task) if isinstance(task, str) else None
+
+
+class CompareRequest(
+    RootModel[
+        Annotated[
+            Annotated[ClassifyComparison, Tag(CLASSIFY)] | Annotated[QaComparison, Tag(QA)],
+            Discriminator(
+                task_of,
+                custom_error_type="task",
+                custom_error_message='expected an object with "task": "classify" or "qa", and "inputs"',
+            ),
+        ]
+    ]
+):
+    """One input, for every variant of its task."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"task": "classify", "inputs": "a gripping film"}]})
+
+
+class StageSeconds(BaseModel):
+    """Medians over the rounds."""
+
+    tokenize: float
+    queue: float = Field(description="Waiting for the inference thread.")
+    infer: float
+    postprocess: float
+
+
+class SpeedUp(BaseModel):
+    """The baseline's time over the variant's, of tokenize + infer + postprocess, in pairs of one round."""
+
+    median: float
+    low: float | None = Field(description="Bootstrap interval of the median, 95 %; null under 5 rounds.")
+    high: float | None
+
+
+class Compared(BaseModel):
+    """One variant."""
+
+    variant: str
+    name: str
+    preset: str | None
+    precision: str | None
+    file_bytes: int
+    answer: list[LabelScore] | Answer | list[Answer] = Field(description="As the task's own route gives it.")
+    agrees: bool | None = Field(
+        description="With the baseline: the same best label, labels above 0.5, or answer text; null for regression."
+    )
+    score_difference: float | None = Field(description="Largest difference of a score from the baseline's.")
+    tokens: int
+    windows: int
+    truncated: bool
+    stage_seconds: StageSeconds
+    work_seconds: list[float] = Field(description="tokenize + infer + postprocess of each round, in order.")
+    speed_up: SpeedUp
+
+
+class Comparison(BaseModel):
+    task: str
+    baseline: str
+    repeats: int = Field(description="Rounds that were timed.")
+    agreement: bool | None = Field(description="Whether every variant agrees with the baseline.")
+    variants: list[Compared] = Field(description="The baseline first.")

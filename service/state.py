@@ -9,8 +9,10 @@ from fastapi import Request
 
 import kernels
 from service.admission import Admission
+from service.compare_metrics import CompareMetrics
 from service.engine import Engine
 from service.keys import Keys
+from service.lane import Lane
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.registry import Registry
@@ -28,6 +30,8 @@ class Service:
     engine: Engine
     lifecycle: Lifecycle
     metrics: Metrics
+    lane: Lane
+    compare_metrics: CompareMetrics
     isa: kernels.Isa
     end: Callable[[], None] = lambda: None  # ends the process
 

@@ -172,6 +172,32 @@ def test_what_comes_while_a_batch_runs_is_the_next_batch() -> None:
     assert [len(batch) for batch in model.batches] == [1, 8]
 
 
+def test_rows_of_low_priority_run_by_themselves_when_no_other_waits() -> None:
+    model, seen = FakeModel(), []
+
+    async def main() -> None:
+        tested = engine(seen=seen)
+        model.go.clear()
+        waiting = [asyncio.create_task(tested.infer(model, [row(0, 10)]))]
+        while not model.begun.is_set():
+            await asyncio.sleep(0.01)
+        low = [row(7, 600), row(8, 600)]  # two batches
+        waiting.append(asyncio.create_task(tested.infer(model, low, low_priority=True)))
+        await asyncio.sleep(0.02)
+        waiting += [asyncio.create_task(tested.infer(model, [row(i, 600)])) for i in (1, 2)]
+        await asyncio.sleep(0.02)
+        assert tested.queued(model) == (2, 1200)
+        model.go.set()
+        found = await asyncio.gather(*waiting)
+        check(found[1], low)
+        tested.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert [[int(r.ids[0]) for r in batch] for batch in model.batches] == [[0], [1], [2], [8], [7]]
+    assert not [batch for batch in seen if batch.low_priority]
+
+
 def test_one_bad_request_spoils_no_other() -> None:
     model = FakeModel(poison=5)
 
