@@ -1,4 +1,4 @@
-"""The picture of `dsformer-bench --plot`: how many times as fast as the first, for each shape; below 1 is slower."""
+"""The pictures of `dsformer-bench`, each in its own function; matplotlib is asked for only where one is drawn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def require_matplotlib() -> None:
 
 
 def speedups(found: Sequence[Measurement], facts: Mapping[str, Any], file: Path) -> None:
-    """Bars of the median speed-up with its quartiles, a group for each shape; the first contender is the line at 1."""
+    """Bars of the median speed-up with its quartiles, a group for each shape; the first contender is the line at 1.
+
+    Below 1 is slower.
+    """
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys((row.batch, row.tokens) for row in found))
@@ -44,3 +47,31 @@ def speedups(found: Sequence[Measurement], facts: Mapping[str, Any], file: Path)
     axes.set_title(f"{facts['cpu']}, {facts['threads']} threads, tier {facts['isa']}", fontsize=9)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(file)
+
+
+def distributions(times: Mapping[tuple[str, str], Sequence[float]], facts: Mapping[str, Any], file: Path) -> None:
+    """How many of the requests were answered within so many milliseconds: a panel a task, a line a variant.
+
+    times : milliseconds of every answered request, by task and variant
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    tasks = list(dict.fromkeys(task for task, _ in times))
+    figure = Figure(figsize=(1.5 + 4 * len(tasks), 3.6), layout="constrained")
+    for place, task in enumerate(tasks):
+        axes = figure.add_subplot(1, len(tasks), place + 1)
+        for (_, variant), values in ((key, value) for key, value in times.items() if key[0] == task and value):
+            axes.ecdf(values, label=variant)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel("milliseconds")
+        if place == 0:
+            axes.set_ylabel("share of requests answered within")
+        axes.legend(fontsize=8, loc="lower right")
+    figure.suptitle(", ".join(f"{name} {facts[name]}" for name in ("load", "clients", "isa", "threads")), fontsize=8)
+    figure.savefig(file, dpi=150)
