@@ -58,6 +58,11 @@ def test_importing_the_service_loads_no_training():
     assert not TRAINING & modules_after(f"import {modules}")
 
 
+def test_scoring_needs_no_training():
+    """`dsformer-bench eval` scores answers where only the service's own packages are installed."""
+    assert not {"torch", "transformers", "scipy", "typer"} & modules_after("import compressor.scoring")
+
+
 def test_kernels_names_no_version():
     """transformers would take it for the version of Hugging Face's package `kernels`."""
     import kernels
