@@ -299,7 +299,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "heatmap": {
         "calculate": False,
         "cellGap": 0,
-        "color": {"mode": "scheme", "scheme": "Blues", "exponent": 0.5, "steps": 64, "reverse": False},
+        "color": {"mode": "scheme", "scheme": "Blues", "fill": "blue", "exponent": 0.5, "steps": 64, "reverse": False},
         "yAxis": {"unit": "s"},
         "tooltip": {"mode": "single", "yHistogram": True},
     },

@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grafana_types
 import pytest
 import yaml
 from fastapi.testclient import TestClient
@@ -112,11 +113,34 @@ def test_every_service_is_on_this_computer_only_and_may_do_little() -> None:
             assert not source.startswith(".") or ((ROOT / source).exists() and rest.endswith(":ro")), volume
 
 
-def tool(name: str) -> str:
+def tool(name: str, package: str = "prometheus") -> str:
     found = shutil.which(name)
     if not found:
-        pytest.skip(f"{name} is not on the PATH (Debian: apt-get install prometheus)")
+        pytest.skip(f"{name} is not on the PATH (Debian: apt-get install {package})")
     return found
+
+
+@pytest.mark.slow
+def test_grafanas_own_types_accept_it(tmp_path: Path) -> None:
+    """Needs npm and the network. The types' version is that of the image."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    version = services["grafana"]["image"].rpartition(":")[2]
+    install = [tool("npm", "npm"), "install", "--no-audit", "--no-fund", "--ignore-scripts"]
+    subprocess.run([*install, f"@grafana/schema@{version}", "typescript@5.5"], cwd=tmp_path, check=True)
+    flags = ["--noEmit", "--strict", "--skipLibCheck", "--target", "es2020", "--module", "esnext"]
+    command = [str(tmp_path / "node_modules/.bin/tsc"), *flags, "--moduleResolution", "bundler", "check.ts"]
+
+    def complaints(board: dict) -> str:
+        (tmp_path / "check.ts").write_text(grafana_types.program(board))
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+
+    assert complaints(dashboard()) == ""
+    broken = dashboard()
+    broken["panels"][1]["options"]["colorMode"] = "colourful"
+    del broken["time"]["to"]
+    said = complaints(broken)
+    assert "colourful" in said
+    assert "'to' is missing" in said
 
 
 @pytest.mark.parametrize(
