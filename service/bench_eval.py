@@ -282,9 +282,14 @@ def table(told: Mapping[str, Any], variants: Sequence[str], task: str, show: int
         words = one["input"].get("question") or " | ".join(filter(None, one["input"].values()))
         sides = [f"{v} {one[v]['answer']!r} ({one[v]['score']:.3f})" for v in variants if v in one]
         lines.append(
-            f"- {one['gap']:.3f}: {shorten(words)}: {', '.join(sides)}, right is {shorten(str(one['wanted']))}"
+            f"- {one['gap']:.3f}: {shorten(words)}: {', '.join(sides)}, right is {shorten(right(one['wanted']))}"
         )
     return "\n".join(lines)
+
+
+def right(wanted: Any) -> str:
+    """The label, or the different gold answers."""
+    return " or ".join(dict.fromkeys(map(str, wanted))) if isinstance(wanted, list) else str(wanted)
 
 
 def shorten(text: str) -> str:
