@@ -11,15 +11,17 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 
 from compressor.config import QA_LENGTH, QA_STRIDE
 from compressor.tables import DataError as DataError  # what load_examples raises
 from compressor.tables import Row, read_json, read_rows
 from compressor.tasks import Task
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -430,12 +432,15 @@ def length_bucketed_batches(features: Sequence[Feature], batch_size: int, seed: 
     return [[features[i] for i in batches[b]] for b in random.permutation(len(batches))]
 
 
-def collate(batch: Sequence[Feature], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(batch: Sequence[Feature], pad_id: int) -> "dict[str, torch.Tensor]":
     """Tensors (batch, longest) int64: input_ids, attention_mask, perhaps token_type_ids; and the targets.
 
     Targets, where the features have them: `labels` (batch,), int64 or, for regression, float32;
     `start_positions` and `end_positions` (batch,) int64.
     """
+    # Here, so that data can be read, and answers scored, where PyTorch is not installed.
+    import torch
+
     longest = max(len(feature["input_ids"]) for feature in batch)
     shape = (len(batch), longest)
     tensors = {

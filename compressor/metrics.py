@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from compressor.data import Feature, QAExample
 from compressor.tasks import Task
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
+
+# Tokens of the longest answer that is looked at.
+MAX_ANSWER_LENGTH = 30
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -60,6 +62,8 @@ def pearson(predictions: Floats, labels: Floats) -> float:
     """Linear correlation; 0 if either side is constant."""
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
+    from scipy import stats
+
     return 100 * float(stats.pearsonr(predictions, labels).statistic)
 
 
@@ -67,6 +71,8 @@ def spearman(predictions: Floats, labels: Floats) -> float:
     """Rank correlation; 0 if either side is constant."""
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
+    from scipy import stats
+
     return 100 * float(stats.spearmanr(predictions, labels).statistic)
 
 
@@ -140,7 +146,7 @@ def decode_qa(
     end_logits: Sequence[Floats],
     examples: Sequence[QAExample],
     n_best: int = 20,
-    max_answer_length: int = 30,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
     null_allowed: bool = False,
 ) -> dict[str, str]:
     """The answer text of every example by question id: the span of the highest start + end logit.

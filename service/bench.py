@@ -1,4 +1,4 @@
-"""`dsformer-bench`, also `python -m service.bench`: model folders against each other, in one run on one machine.
+"""`dsformer-bench folders`, also `python -m service.bench`: model folders against each other, in one run here.
 
 Noise hits whoever happens to run when it comes, so the folders take turns: each has one in every round, forwards
 in one round and backwards in the next, and a ratio is always of two runs of the same round. What is reported is the
@@ -9,7 +9,6 @@ of processes that hold one folder alone (`alone.py`), and so is the check of eve
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -25,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
-from tqdm import tqdm
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 import kernels
 from service import alone, artifact, peers, plots
-from service.alone import EXIT_FAILED, random_rows
-from service.errors import BackendFailed, StartError
+from service.alone import random_rows
+from service.bench_options import Flags, end_in_a_sentence, progress, write_json
+from service.errors import StartError
 from service.model import OnnxModel
 from service.settings import available_cpus, read_options
 from service.tokenizer import Row
@@ -43,12 +42,10 @@ CALIBRATION_ROWS = 4
 LARGEST_DIFFERENCE = 0.1
 
 
-class Options(BaseSettings):
+class Options(Flags):
     """Time model folders against the first of them, over batch x length."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid", cli_prog_name="dsformer-bench", cli_kebab_case=True, cli_hide_none_type=True
-    )
+    model_config = SettingsConfigDict(cli_prog_name="dsformer-bench folders")
 
     folders: CliPositionalArg[list[Path]] = Field(
         default_factory=list, description="Model folders; every ratio is to the first."
@@ -73,13 +70,6 @@ class Options(BaseSettings):
     threads: int = Field(default_factory=available_cpus, ge=1, le=1024, description="CPU threads of one run.")
     plot: Path | None = Field(default=None, description="Draw the speed-ups into this file, .svg or .png.")
     json_file: Path | None = Field(default=None, alias="json", description="Write every number here as JSON.")
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *others: Any, **named: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags only: names such as THREADS mean other things in people's environments."""
-        return (init_settings,)
 
     @field_validator("shapes")
     @classmethod
@@ -147,9 +137,9 @@ def measure(
     of some systems, which go on spinning for a while.
     """
     found: list[Measurement] = []
-    with tqdm(total=len(shapes) * (rounds + warm_up), unit="round", file=sys.stderr) as bar:
+    with progress(len(shapes) * (rounds + warm_up), "round") as bar:
         for batch, tokens in shapes:
-            bar.set_description(f"{batch}x{tokens}")
+            bar.set_description(f"{batch}x{tokens}", refresh=False)
             rows = random_rows(batch, tokens, vocabulary)
             seconds: list[list[float]] = [[] for _ in contenders]
             for number in range(warm_up + rounds):
@@ -339,16 +329,13 @@ def run(options: Options) -> None:
             "folders": [asdict(one) for one in alones],
             "measurements": [asdict(row) for row in found],
         }
-        options.json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json_file, report)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = read_options(Options, argv)
-    try:
+    with end_in_a_sentence():
         run(options)
-    except (StartError, BackendFailed, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":

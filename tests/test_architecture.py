@@ -48,6 +48,11 @@ def test_service_source_never_imports_training():
         assert not TRAINING & set(imported_packages(file)), file
 
 
+def test_scoring_needs_no_training():
+    """`dsformer-bench eval` scores answers where only the service's own packages are installed."""
+    assert not {"torch", "transformers", "scipy", "typer"} & modules_after("import compressor.scoring")
+
+
 def test_importing_kernels_is_light():
     added = modules_after("import kernels") - modules_after("import numpy, ctypes") - sys.stdlib_module_names
     assert added == {"kernels"}
