@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -131,6 +132,14 @@ def test_refusals_are_errors_and_not_times(slow: str) -> None:
     assert (row.requests, row.errors) == (6, {"429": 2})
     assert row.milliseconds is not None
     assert row.milliseconds["p50"] >= 50
+
+
+def test_a_kept_connection_that_was_closed_meanwhile_is_opened_again(slow: str) -> None:
+    client = Client(slow)
+    assert client.get("/").ok
+    assert client._connection.sock is not None
+    client._connection.sock.shutdown(socket.SHUT_RDWR)
+    assert client.get("/").ok
 
 
 def test_what_answers_is_no_service_of_ours(slow: str) -> None:
