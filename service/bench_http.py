@@ -7,6 +7,9 @@ that noise hits whoever happens to run. A speed-up is of two turns of one round.
   service at the speed of its clients.
 - open loop (`--rate`): requests come at random times of that rate, whether or not there are answers, as from many
   independent users. A request's time runs from the moment it was due, so waiting for a free connection counts.
+
+Beside the clients' times stands the mean of the service's own, from its /metrics before and after. It leaves out what
+client and network add to both variants alike, which makes their ratio smaller, and is what a dashboard shows.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families as parse
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
@@ -78,7 +82,8 @@ class Load:
     """One variant under load, all rounds together. None where no request was answered.
 
     errors: requests by status ("no answer" where the connection failed). speedup: the first variant's median over
-    this one's, round by round: median and quartiles.
+    this one's, round by round: median and quartiles. service_milliseconds: the mean that /metrics has of the time from
+    a request's arrival to its answer, of all the service's clients.
     """
 
     task: str
@@ -89,6 +94,7 @@ class Load:
     requests_per_second: float
     speedup: float | None
     speedup_quartiles: tuple[float, float] | None
+    service_milliseconds: float | None
 
 
 def bodies_of(task: str, options: Options) -> list[bytes]:
@@ -179,14 +185,39 @@ def drain(waiting: queue.SimpleQueue[Any]) -> None:
         return
 
 
+def durations(client: Client, task: str) -> dict[tuple[str, str], float]:
+    """Sum (seconds) and count of the task's requests so far by (variant, "sum" or "count"), as /metrics has them."""
+    reply = client.get("/metrics")
+    if not reply.ok:
+        return {}
+    name = "dsformer_request_duration_seconds"
+    (family,) = (each for each in parse(reply.content.decode()) if each.name == name)
+    return {
+        (sample.labels["variant"], sample.name.removeprefix(f"{name}_")): sample.value
+        for sample in family.samples
+        if sample.labels["task"] == task and not sample.name.endswith("_bucket")
+    }
+
+
+def mean_between(
+    before: Mapping[tuple[str, str], float], after: Mapping[tuple[str, str], float], variant: str
+) -> float | None:
+    """Milliseconds; None where nothing was answered in between."""
+    seconds, count = (after.get((variant, part), 0) - before.get((variant, part), 0) for part in ("sum", "count"))
+    return 1000 * seconds / count if count > 0 else None
+
+
 def measure(
     clients: Sequence[Client], task: str, variants: Sequence[str], bodies: Sequence[bytes], options: Options, bar: Any
-) -> dict[str, list[Turn]]:
-    """The turns of every variant, warm-up left out."""
+) -> tuple[dict[str, list[Turn]], dict[str, float | None]]:
+    """The turns of every variant, warm-up left out, and the service's own mean milliseconds."""
     turns: dict[str, list[Turn]] = {variant: [] for variant in variants}
     endless = cycle(bodies)
     gaps = random.Random(options.seed)
+    before: dict[tuple[str, str], float] = {}
     for number in range(options.warm_up + options.rounds):
+        if number == options.warm_up:
+            before = durations(clients[0], task)
         chosen = list(islice(endless, options.requests))  # the same for all variants of a round
         times = [gaps.expovariate(options.rate) if options.rate else 0.0 for _ in chosen]
         for variant in variants[:: -1 if number % 2 else 1]:
@@ -196,10 +227,11 @@ def measure(
                 turns[variant].append(turn)
             elif all(reply.status == NO_ANSWER for reply in turn.replies):
                 raise StartError("The service has stopped answering.")
-    return turns
+    after = durations(clients[0], task)
+    return turns, {variant: mean_between(before, after, variant) for variant in variants}
 
 
-def summarize(task: str, turns: Mapping[str, Sequence[Turn]]) -> list[Load]:
+def summarize(task: str, turns: Mapping[str, Sequence[Turn]], own_means: Mapping[str, float | None]) -> list[Load]:
     """One line a variant; ratios are to the first."""
     first = next(iter(turns.values()))
     found = []
@@ -224,6 +256,7 @@ def summarize(task: str, turns: Mapping[str, Sequence[Turn]]) -> list[Load]:
                 len(times) / sum(turn.seconds for turn in own),
                 statistics.median(ratios) if ratios else None,
                 quartiles(ratios) if ratios else None,
+                own_means.get(variant),
             )
         )
     return found
@@ -239,11 +272,13 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 def table(found: Sequence[Load], facts: Mapping[str, Any]) -> str:
     """The numbers as Markdown."""
-    lines = ["| task | variant | p50, ms | p90 | p99 | mean | requests/s | errors | times as fast (quartiles) |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    titles = ("task", "variant", "p50, ms", "p90", "p99", "mean", "mean in the service")
+    titles = (*titles, "requests/s", "errors", "times as fast (quartiles)")
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in found:
         times = row.milliseconds or {}
         shown = [f"{times[name]:.2f}" if times else "" for name in (*PERCENTILES, "mean")]
+        shown.append("" if row.service_milliseconds is None else f"{row.service_milliseconds:.2f}")
         errors = ", ".join(f"{count} x {status}" for status, count in row.errors.items()) or "0"
         ratio = ""
         if row.speedup is not None and row.speedup_quartiles is not None:
@@ -266,13 +301,13 @@ def run(options: Options) -> None:
     chosen = {task: (choose_variants(server, task, options.variants), bodies_of(task, options)) for task in tasks}
     clients = [Client(options.url, key) for _ in range(options.clients)]
     total = (options.warm_up + options.rounds) * options.requests * sum(len(each) for each, _ in chosen.values())
-    turns = {}
+    turns, own_means = {}, {}
     with progress(total, "request") as bar:
         for task, (variants, bodies) in chosen.items():
-            turns[task] = measure(clients, task, variants, bodies, options, bar)
+            turns[task], own_means[task] = measure(clients, task, variants, bodies, options, bar)
     for client in clients:
         client.close()
-    found = [row for task in tasks for row in summarize(task, turns[task])]
+    found = [row for task in tasks for row in summarize(task, turns[task], own_means[task])]
     facts = {
         "load": f"open loop, {options.rate:g} requests/s" if options.rate else "closed loop",
         "clients": options.clients,

@@ -78,8 +78,8 @@ class Client:
                 return Reply(response.status, time.perf_counter() - began, answer)
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
-                # A kept connection may have been closed by the other side meanwhile; nothing was computed then.
-                if not (again and isinstance(error, http.client.RemoteDisconnected | BrokenPipeError)):
+                # A kept connection may have been closed by the other side meanwhile: once more, over a fresh one.
+                if not (again and isinstance(error, ConnectionResetError | BrokenPipeError)):
                     break
         return Reply(NO_ANSWER, time.perf_counter() - began)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ def test_both_tasks_and_variants_in_a_closed_loop(
         times = row["milliseconds"]
         assert 0 < times["p50"] <= times["p90"] <= times["p99"]
         assert row["requests_per_second"] > 0
+        assert 0 < row["service_milliseconds"] < times["mean"]
         assert row["speedup_quartiles"][0] <= row["speedup"] <= row["speedup_quartiles"][1]
     assert [row["speedup"] for row in told["loads"] if row["variant"] == "dense"] == [1, 1]
     for variant, count in before.items():  # the service itself saw as many: warm-up and rounds of both tasks
@@ -127,10 +129,18 @@ def test_an_open_loop_counts_the_wait_for_a_connection(slow: str) -> None:
 
 def test_refusals_are_errors_and_not_times(slow: str) -> None:
     turns = [take_turn([Client(slow)], "/x", [b"{}"] * 3, [0.0] * 3, lambda: None) for _ in range(2)]
-    (row,) = summarize("classify", {"dense": turns})
+    (row,) = summarize("classify", {"dense": turns}, {})
     assert (row.requests, row.errors) == (6, {"429": 2})
     assert row.milliseconds is not None
     assert row.milliseconds["p50"] >= 50
+
+
+def test_a_kept_connection_that_was_closed_meanwhile_is_opened_again(slow: str) -> None:
+    client = Client(slow)
+    assert client.get("/").ok
+    assert client._connection.sock is not None
+    client._connection.sock.shutdown(socket.SHUT_RDWR)
+    assert client.get("/").ok
 
 
 def test_what_answers_is_no_service_of_ours(slow: str) -> None:
@@ -152,12 +162,14 @@ def test_percentiles_and_ratios_are_of_one_round() -> None:
             "dsformer": [turn(5, 10, 15), turn(10, 20, 30)],
             "nm": [failed, failed],
         },
+        {"dense": 24.0, "dsformer": 12.0, "nm": None},
     )
     assert second.speedup == pytest.approx(2)
     assert second.speedup_quartiles == pytest.approx((2, 2))
     assert first.milliseconds == pytest.approx({"p50": 25, "p90": 50, "p99": 59, "mean": 30})
     assert first.requests_per_second == pytest.approx(6)
     assert (third.milliseconds, third.speedup, third.errors) == (None, None, {"no answer": 2, "500": 2})
+    assert first.service_milliseconds == 24
     assert "2 x no answer, 2 x 500 of 4" in bench_http.table([first, second, third], {})
 
 
