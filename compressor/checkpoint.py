@@ -83,7 +83,7 @@ def load(source: str, task: Task) -> Checkpoint:
         model = auto.from_pretrained(source, attn_implementation="eager", dtype=torch.float32, **heads)
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
     except Exception as error:
-        raise ConfigError(f"cannot load the model {source!r}: {_first_line(error)}") from error
+        raise ConfigError(f"cannot load the model {source!r}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {source!r} has no fast form; the service needs a tokenizer.json")
     folder = Path(source)
@@ -135,7 +135,7 @@ def _factors_beside(folder: Path) -> tuple[str | None, list[WeightFactors]]:
             members = enumerate(json.loads(about["members"]))
             return method, [kind.from_tensors(names, parts[i]) for i, names in members]
     except Exception as error:
-        raise ConfigError(f"{path} is broken: {_first_line(error)}; compress the model again") from error
+        raise ConfigError(f"{path} is broken: {first_line(error)}; compress the model again") from error
 
 
 def load_record(folder: Path) -> Record | None:
@@ -143,5 +143,6 @@ def load_record(folder: Path) -> Record | None:
     return Record(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of its message, or its name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

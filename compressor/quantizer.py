@@ -42,8 +42,6 @@ class DSFormerQuantizer(HfQuantizer):  # type: ignore[misc]
         """float32, whatever is asked for: dictionaries need it. For less there is autocast, or ``dequantize`` first."""
         return torch.float32
 
-    update_torch_dtype = update_dtype  # its name before Transformers 4.56
-
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         from compressor.huggingface import await_factors
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AlbertConfig, AlbertModel, AutoModel, AutoTokenizer, BertModel
 
+from compressor.checkpoint import first_line
 from compressor.config import ConfigError
 from compressor.files import replaced_folder
 
@@ -56,7 +57,7 @@ def share_folder(source: str, output: Path, groups: int = 1) -> dict[str, Any]:
         model = AutoModel.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
     except Exception as error:
-        raise ConfigError(f"cannot load the model {source!r}: {error}") from error
+        raise ConfigError(f"cannot load the model {source!r}: {first_line(error)}") from error
     shared = share_layers(model, groups)
     with replaced_folder(output) as folder:
         shared.save_pretrained(folder)
@@ -73,6 +74,8 @@ def share_layers(model: Any, groups: int = 1) -> AlbertModel:
     """An ALBERT whose layers, in ``groups`` of neighbours, all have the weights of the first of their group."""
     if not isinstance(model, BertModel):
         raise ConfigError(f"layers can be shared in a BERT, but this is a {type(model).__name__}")
+    if hasattr(model, "compression"):
+        raise ConfigError("this model is compressed already; share the layers of the dense one, and compress that")
     n_layers = model.config.num_hidden_layers
     if groups < 1 or n_layers % groups:
         raise ConfigError(f"{n_layers} layers do not make {groups} equal groups; choose a number that divides them")

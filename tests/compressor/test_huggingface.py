@@ -35,6 +35,7 @@ from compressor.layers import compressed_layers, materialize
 from compressor.methods import find_method
 from compressor.omp import blocks, dense_codes
 from compressor.quantizer import DSFormerConfig
+from compressor.share import share_folder
 from compressor.stf import stacks_of
 from compressor.tasks import find_task
 
@@ -136,6 +137,11 @@ def test_importing_the_compressor_is_enough(first: str, folder: Path) -> None:
         [sys.executable, "-c", "\n".join(program)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["FactorizedLinear", "ds"], done.stderr
+
+
+def test_compressed_layers_are_not_shared(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compressed already; share the layers of the dense one"):
+        share_folder(str(folder), tmp_path / "shared")
 
 
 def test_dequantize_gives_plain_layers(folder: Path, tmp_path: Path) -> None:
