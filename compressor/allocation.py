@@ -4,13 +4,14 @@ Of each stack a small grid of sizes is tried. A choice takes its bits by eq. 11,
 
     cost = displacement · (error / error of the reference)²        error = ‖(W − Ŵ)X‖ / ‖WX‖
 
-with X the inputs of the layer on calibration rows. The displacement is how far the model's hidden states move on some
-of these rows when this stack alone becomes its reference, the choice next to the preset 2.8x: small errors add up in
-squares, so one measurement a stack prices all its choices. One choice of each stack is taken so that the costs sum to
-the least at which the bits keep to the budget: a multiple-choice knapsack, which HiGHS solves exactly.
+with X the inputs of the layer on calibration rows. The displacement is how far the model moves on some of these rows
+when this stack alone becomes its reference, the choice next to the preset 2.8x: small errors add up in squares, so one
+measurement a stack prices all its choices. It is the mean of the two losses of distillation, of hidden states and of
+answers, each as a share of its sum over all stacks. One choice of each stack is taken so that the costs sum to the
+least at which the bits keep to the budget: a multiple-choice knapsack, which HiGHS solves exactly.
 
-Errors without a price are no guide: on SST-2, before any training and at the size of the preset 2.8x, the least sum of
-squared errors left the hidden states 0.52 of their square away, where the preset leaves 0.45 and the least cost 0.40.
+Errors without that price are no guide. SST-2 before any training, at the size of the preset 2.8x: the preset leaves
+the hidden states 0.45 of their square away, the least sum of squared errors 0.52, the least cost 0.40.
 
 Ŵ is a plain K-SVD of a few sweeps, which starts from the dictionary of the choice before it. That ranks the choices
 fairly, though fifty sweeps would leave less of each error: all get the same few, most of what K-SVD gains it gains in
@@ -22,11 +23,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -43,6 +44,9 @@ from kernels.banks import bank_limit
 
 log = logging.getLogger(__name__)
 
+# A stack and the sizes that it may have.
+StackChoices: TypeAlias = tuple[StackSpec, list[LayerPlan]]
+
 # Sweeps of K-SVD for the first choice of each K, and for each further S.
 _FIRST_SWEEPS = 4
 _SWEEPS = 1
@@ -53,6 +57,8 @@ _DELTAS, _DELTA_STEP = (Fraction(1, 16), Fraction(5, 16)), Fraction(1, 32)
 # Each stack's displacement is measured at what this preset gives it, on so many rows at most.
 _REFERENCE = PRESETS["2.8x"]
 _DISPLACEMENT_ROWS = 64
+# Below this is nothing.
+_TINY = 1e-12
 # Units of the budget in the knapsack: the solver keeps to a millionth of one.
 _UNITS = 1e6
 _SOLVER_SECONDS = 60.0
@@ -95,7 +101,7 @@ def allocate(
 # --- the grid ------------------------------------------------------------------------------------------------
 
 
-def candidates_of(model: nn.Module, config: CompressionConfig) -> list[tuple[StackSpec, list[LayerPlan]]]:
+def candidates_of(model: nn.Module, config: CompressionConfig) -> list[StackChoices]:
     """The choices of each stack; :class:`ConfigError` if none fits one, or if they cannot make the ratio asked for."""
     assert config.budget
     ratio = config.budget.ratio
@@ -142,18 +148,8 @@ def candidates(role: str, out_features: int, in_features: int, config: Compressi
 # --- measuring -----------------------------------------------------------------------------------------------
 
 
-def output_errors(
-    weight: Tensor,
-    plans: Sequence[LayerPlan],
-    gram: Tensor,
-    seed: int = 0,
-    on_choice: Callable[[LayerPlan, Factorization], None] = lambda plan, found: None,
-) -> list[float]:
-    """‖(W − Ŵ)X‖ / ‖WX‖ of ``weight`` (M, N) with each of ``plans``, as :func:`candidates` sorts them.
-
-    ``gram``: XXᵀ (N, N). ``on_choice`` is called with each plan and its factorization.
-    """
-    errors: list[float] = []
+def short_factorizations(weight: Tensor, plans: Sequence[LayerPlan], seed: int = 0) -> Iterator[Factorization]:
+    """K-SVD of ``weight`` (M, N) in a few sweeps with each of ``plans``, as :func:`candidates` sorts them."""
     dictionary: Tensor | None = None
     for plan in plans:
         if dictionary is not None and dictionary.shape[1] != plan.n_atoms:
@@ -161,50 +157,50 @@ def output_errors(
         sweeps = _FIRST_SWEEPS if dictionary is None else _SWEEPS
         found = factorize(weight, plan, KSVDConfig(sweeps, seed=seed), start=dictionary)
         dictionary = found.dictionary
-        errors.append(relative_output_error(weight, found.dense(), gram))
-        on_choice(plan, found)
-    return errors
+        yield found
 
 
 def measure(
-    model: nn.Module,
-    grid: Sequence[tuple[StackSpec, Sequence[LayerPlan]]],
-    calibration: Calibration,
-    n_rows: int,
-    seed: int,
-    memory: Memory,
+    model: nn.Module, grid: Sequence[StackChoices], calibration: Calibration, n_rows: int, seed: int, memory: Memory
 ) -> list[list[Choice]]:
     """The choices of ``grid`` with their costs; ``model`` is left as it was."""
+    missing = [(spec, plans) for spec, plans in grid if spec.names[0] not in memory.found]
+    grams = input_grams(model, [spec for spec, _ in missing], calibration, n_rows) if missing else {}
+    n_choices, n_missing = (sum(len(plans) for _, plans in each) for each in (grid, missing))
+    with progress("sizes", total=n_choices, done=n_choices - n_missing) as advance:
+        for spec, plans in missing:
+            name, errors = spec.names[0], []
+            weight = stacked_weight(model, spec.names).detach()
+            stand_in, reference = weight, _reference(spec, plans)
+            for i, found in enumerate(short_factorizations(weight, plans, seed)):
+                approximation = found.dense()
+                errors.append(relative_output_error(weight, approximation, grams[name]))
+                if i == reference:
+                    stand_in = approximation
+                advance()
+            moved = displacement(model, spec.names, stand_in, calibration, min(n_rows, _DISPLACEMENT_ROWS))
+            memory.keep(name, errors, moved)
+    return _priced(grid, [memory.found[spec.names[0]] for spec, _ in grid])
+
+
+def _priced(grid: Sequence[StackChoices], measured: Sequence[Mapping[str, Any]]) -> list[list[Choice]]:
+    moved = np.array([each["displacement"] for each in measured])  # (stacks, 2)
+    displacements = (moved / np.maximum(moved.sum(axis=0), _TINY)).mean(axis=1).tolist()
     choices = []
-    missing = [spec for spec, _ in grid if spec.names[0] not in memory.found]
-    grams = input_grams(model, missing, calibration, n_rows) if missing else {}
-    known = sum(len(plans) for spec, plans in grid if spec.names[0] in memory.found)
-    with progress("sizes", total=sum(len(plans) for _, plans in grid), done=known) as advance:
-        for spec, plans in grid:
-            name = spec.names[0]
-            reference = min(range(len(plans)), key=lambda i: _distance(plans[i], spec.role))
-            if name not in memory.found:
-                stand_in: list[Tensor] = []
-
-                def on_choice(plan: LayerPlan, found: Factorization) -> None:
-                    if plan is plans[reference]:  # noqa: B023 - called within this turn
-                        stand_in.append(found.dense())  # noqa: B023
-                    advance()
-
-                errors = output_errors(stacked_weight(model, spec.names).detach(), plans, grams[name], seed, on_choice)
-                moved = displacement(model, spec.names, stand_in[0], calibration, min(n_rows, _DISPLACEMENT_ROWS))
-                memory.keep(name, errors, moved)
-            measured = memory.found[name]
-            scale = measured["displacement"] / max(measured["errors"][reference] ** 2, 1e-12)
-            choices.append(
-                [Choice(plan, scale * error**2) for plan, error in zip(plans, measured["errors"], strict=True)]
-            )
+    for (spec, plans), each, displaced in zip(grid, measured, displacements, strict=True):
+        price = displaced / max(each["errors"][_reference(spec, plans)] ** 2, _TINY)
+        choices.append([Choice(plan, price * error**2) for plan, error in zip(plans, each["errors"], strict=True)])
     return choices
 
 
-def _distance(plan: LayerPlan, role: str) -> float:
-    gamma, delta = _REFERENCE.gamma[role] * plan.out_features, _REFERENCE.delta * plan.block_size
-    return abs(math.log(plan.n_atoms / gamma)) + abs(math.log(plan.n_nonzero / delta))
+def _reference(spec: StackSpec, plans: Sequence[LayerPlan]) -> int:
+    """Which of ``plans`` is next to what the preset gives this stack, in proportion."""
+
+    def distance(i: int) -> float:
+        n_atoms, n_nonzero = plans[i].out_features * _REFERENCE.gamma[spec.role], plans[i].block_size * _REFERENCE.delta
+        return abs(math.log(plans[i].n_atoms / n_atoms)) + abs(math.log(plans[i].n_nonzero / n_nonzero))
+
+    return min(range(len(plans)), key=distance)
 
 
 class Memory:
@@ -221,8 +217,8 @@ class Memory:
             if kept.get("settings") == settings:
                 self.found = kept["found"]
 
-    def keep(self, name: str, errors: Sequence[float], displacement: float) -> None:
-        self.found[name] = {"errors": list(errors), "displacement": displacement}
+    def keep(self, name: str, errors: Sequence[float], displacement: Sequence[float]) -> None:
+        self.found[name] = {"errors": list(errors), "displacement": list(displacement)}
         if self.path:
             replace_file(self.path, json.dumps({"settings": self.settings, "found": self.found}).encode())
 

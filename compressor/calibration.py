@@ -6,7 +6,7 @@ Two statistics of each layer, gathered by hooks while the dense model reads some
 - the empirical Fisher information of its weights, the mean over rows of the squared gradient of the task's loss,
   summed over each output row of W (FWSVD);
 
-and one that is measured layer by layer: how far the hidden states move when other weights take a layer's place.
+and one that is measured layer by layer: how far the model moves when other weights take a layer's place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from compressor.config import ConfigError
 from compressor.data import Feature, collate
 from compressor.layers import StackSpec, finite_weight, linear_layer
-from compressor.losses import LABELS, hidden_loss, task_loss
+from compressor.losses import LABELS, distillation_loss, hidden_loss, task_loss
 from compressor.progress import progress
 from compressor.tasks import Task
 
@@ -115,31 +115,36 @@ def fisher_rows(model: Any, names: Sequence[str], calibration: Calibration, n_ro
 
 
 @torch.no_grad()
-def displacement(model: Any, names: Sequence[str], stacked: Tensor, calibration: Calibration, n_rows: int) -> float:
-    """How far the hidden states move when ``stacked`` (M, N) are the weights of these layers, all others as they are.
+def displacement(
+    model: Any, names: Sequence[str], stacked: Tensor, calibration: Calibration, n_rows: int
+) -> tuple[float, float]:
+    """How far the hidden states and the answers move when ``stacked`` (M, N) are the weights of these layers.
 
-    The squared distance relative to their size, averaged over layers and rows, as distillation has it (``train.py``).
-    ``model`` is left as it was.
+    The two losses of distillation (``train.py``) between the model as it is and the one with that weight, at
+    temperature 1, averaged over rows. ``model`` is left as it was.
     """
     layers = [linear_layer(model, name) for name in names]
     own = [finite_weight(model, name).clone() for name in names]
     others = torch.split(stacked, [layer.out_features for layer in layers])
-    total = n_seen = 0.0
+    hidden = answers = n_seen = 0.0
     try:
         with _measuring(model, []):
             for batch in calibration.batches(n_rows):
                 inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in LABELS}
-                states = []
+                outputs = []
                 for weights in (own, others):
                     for layer, weight in zip(layers, weights, strict=True):
                         layer.weight.copy_(weight)
-                    states.append(model(**inputs, output_hidden_states=True))
-                n_seen += len(inputs["input_ids"])
-                total += float(hidden_loss(states[1], states[0], inputs["attention_mask"])) * len(inputs["input_ids"])
+                    outputs.append(model(**inputs, output_hidden_states=True))
+                before, after = outputs
+                rows = len(inputs["input_ids"])
+                n_seen += rows
+                hidden += rows * float(hidden_loss(after, before, inputs["attention_mask"]))
+                answers += rows * float(distillation_loss(after, before, inputs, calibration.task, 1.0))
     finally:
         for layer, weight in zip(layers, own, strict=True):
             layer.weight.copy_(weight)
-    return total / n_seen
+    return hidden / n_seen, max(0.0, answers) / n_seen  # rounding may go below zero
 
 
 @contextmanager

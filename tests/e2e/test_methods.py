@@ -209,7 +209,7 @@ def test_sizes_of_single_matrices(data: pipeline.Data, dense: str, tmp_path: Pat
         with pytest.raises(KeyboardInterrupt):
             pipeline.compress(dense, data, method, often, first, measure=False)
     with monkeypatch.context() as patch:
-        patch.setattr("compressor.allocation.output_errors", None)  # the sizes are known by now
+        patch.setattr("compressor.allocation.short_factorizations", None)  # the sizes are known by now
         record = pipeline.compress(dense, data, method, often, first, resume=True, measure=False)
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
     told = record.compression
