@@ -8,8 +8,10 @@ Pursuit" (2008): the Gram matrix is computed once and residuals are never formed
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 from kernels.banks import bank_atoms
@@ -37,7 +39,11 @@ def sparse_code(
     """
     if weight.device.type == "cpu":
         indices, values = kernels.batch_omp(
-            weight.detach().contiguous().numpy(), dictionary.detach().contiguous().numpy(), n_nonzero, bank_limit
+            weight.detach().contiguous().numpy(),
+            dictionary.detach().contiguous().numpy(),
+            n_nonzero,
+            bank_limit,
+            torch.get_num_threads(),
         )
         return torch.from_numpy(indices).long(), torch.from_numpy(values)
     return sparse_code_batched(weight, dictionary, n_nonzero, bank_limit)
@@ -51,6 +57,7 @@ def refit(weight: Tensor, dictionary: Tensor, indices: Tensor) -> Tensor:
             weight.detach().contiguous().numpy(),
             dictionary.detach().contiguous().numpy(),
             indices.to(torch.int32).contiguous().numpy(),
+            torch.get_num_threads(),
         )
         return torch.from_numpy(values)
     targets = blocks(weight, dictionary.shape[2])  # (nb, M, B)
@@ -70,26 +77,26 @@ def sparse_code_batched(
     """Batch-OMP as tensor operations, the form for accelerators; arguments as in :func:`sparse_code`.
 
     It keeps, for every row, the correlations T_j of each orthogonalized chosen atom with all atoms, so one step is
-    a gather, two small products and an update; the coefficients come from one triangular solve at the end.
+    a gather, two small products and an update; the coefficients come from one triangular solve at the end. The rows
+    of all blocks go through it together, as many at once as the buffer of T_j has room for.
     """
-    block_size = dictionary.shape[2]
-    n_atoms = dictionary.shape[1]
-    targets = blocks(weight.float(), block_size)
-    gram = dictionary @ dictionary.transpose(1, 2)  # (nb, K, K)
+    n_blocks, n_atoms, block_size = dictionary.shape
+    transposed = dictionary.transpose(1, 2)
+    gram = (dictionary @ transposed).flatten(0, 1)  # (nb·K, K)
+    alpha = (blocks(weight.float(), block_size) @ transposed).flatten(0, 1)  # (nb·M, K)
+    first = torch.arange(n_blocks, device=weight.device).mul_(n_atoms).repeat_interleave(len(weight))
     rows_at_once = max(1, _BUFFER_FLOATS // (n_nonzero * n_atoms))
-    indices, values = [], []
-    for block, block_gram, atoms in zip(targets, gram, dictionary, strict=True):
-        parts = [
-            _code_rows(rows @ atoms.T, block_gram, n_nonzero, bank_limit or n_nonzero)
-            for rows in block.split(rows_at_once, dim=0)
-        ]
-        indices.append(torch.cat([part[0] for part in parts]))
-        values.append(torch.cat([part[1] for part in parts]))
-    return torch.stack(indices), torch.stack(values)
+    parts = [
+        _code_rows(some, gram, starts, n_nonzero, bank_limit or n_nonzero)
+        for some, starts in zip(torch.split(alpha, rows_at_once), torch.split(first, rows_at_once), strict=True)
+    ]
+    shape = (n_blocks, len(weight), n_nonzero)
+    return torch.cat([part[0] for part in parts]).view(shape), torch.cat([part[1] for part in parts]).view(shape)
 
 
-def _code_rows(alpha: Tensor, gram: Tensor, n_nonzero: int, bank_limit: int) -> tuple[Tensor, Tensor]:
-    """OMP of R rows: ``alpha`` (R, K) correlations with the atoms, ``gram`` (K, K)."""
+def _code_rows(alpha: Tensor, gram: Tensor, first: Tensor, n_nonzero: int, bank_limit: int) -> tuple[Tensor, Tensor]:
+    """OMP of R rows: ``alpha`` (R, K) correlations with the atoms, ``gram`` (nb·K, K) of all blocks' atoms, ``first``
+    (R,) where in it the atoms of a row's block begin."""
     rows, n_atoms = alpha.shape
     start = alpha.abs().amax(dim=1)
     everyone = torch.arange(rows, device=alpha.device)
@@ -113,7 +120,7 @@ def _code_rows(alpha: Tensor, gram: Tensor, n_nonzero: int, bank_limit: int) -> 
         pivot = 1 - (before * before).sum(1)
         alive = alive & (pivot > _MIN_PIVOT)
         scale = pivot.clamp_min(_MIN_PIVOT).rsqrt()
-        new = (gram[atom] - (before.unsqueeze(1) @ orthogonal[:, :j]).squeeze(1)) * scale.unsqueeze(1)
+        new = (gram[first + atom] - (before.unsqueeze(1) @ orthogonal[:, :j]).squeeze(1)) * scale.unsqueeze(1)
         step = torch.where(alive, residual[everyone, atom] * scale, 0.0)
         orthogonal[:, j] = new
         lower[:, j, :j] = before
@@ -132,5 +139,56 @@ def dense_codes(indices: Tensor, values: Tensor, n_atoms: int) -> Tensor:
 
 def reconstruct(dictionary: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """S·D as one (M, N) matrix (paper eq. 8); differentiable in ``dictionary`` and ``values``."""
-    product = dense_codes(indices, values, dictionary.shape[1]) @ dictionary  # (nb, M, B)
-    return product.transpose(0, 1).flatten(1)
+    product: Tensor = _Product.apply(dictionary, indices, values)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Product(torch.autograd.Function):
+    """S·D from the S atoms that each row names: S multiply-adds an entry, where dense codes would take K."""
+
+    @staticmethod
+    def forward(ctx: Any, dictionary: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(dictionary, indices, values)
+        _, n_rows, n_nonzero = indices.shape
+        rows = nn.functional.embedding_bag(
+            _numbered(indices, dictionary.shape[1]).view(-1, n_nonzero),
+            dictionary.reshape(-1, dictionary.shape[2]),
+            per_sample_weights=values.transpose(0, 1).reshape(-1, n_nonzero),
+            mode="sum",
+        )
+        return rows.view(n_rows, -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        dictionary, indices, values = ctx.saved_tensors
+        n_atoms, block_size = dictionary.shape[1:]
+        to_dictionary = to_values = None
+        if ctx.needs_input_grad[0]:
+            to_dictionary = transposed_product(indices, values, gradient, n_atoms)
+        if ctx.needs_input_grad[2]:
+            to_values = (blocks(gradient, block_size) @ dictionary.transpose(1, 2)).gather(2, indices)
+        return to_dictionary, None, to_values
+
+
+def transposed_product(indices: Tensor, values: Tensor, matrix: Tensor, n_atoms: int) -> Tensor:
+    """``Sᵀ·matrix`` of each block, (N/B, K, B), of a ``matrix`` (M, N); sums are in the order of the rows."""
+    n_blocks, _, n_nonzero = indices.shape
+    total = n_blocks * n_atoms
+    # Nonzeros in the order of their atoms; small integers are sorted faster.
+    atoms = _numbered(indices, n_atoms).flatten()
+    order = atoms.to(torch.int16 if total < 2**15 else torch.int64).argsort(stable=True)
+    users = torch.bincount(atoms, minlength=total)
+    sums = nn.functional.embedding_bag(
+        order // n_nonzero,
+        matrix.reshape(len(matrix) * n_blocks, -1),
+        users.cumsum(0) - users,
+        per_sample_weights=values.transpose(0, 1).flatten()[order],
+        mode="sum",
+    )
+    return sums.view(n_blocks, n_atoms, -1)
+
+
+def _numbered(indices: Tensor, n_atoms: int) -> Tensor:
+    """(M, N/B, S): codes row by row of the matrix, atoms numbered through all blocks."""
+    first = torch.arange(len(indices), device=indices.device).mul_(n_atoms)
+    return (indices + first.view(-1, 1, 1)).transpose(0, 1).contiguous()

@@ -34,7 +34,7 @@ from compressor.layers import (
     replace_layer,
     stacked_weight,
 )
-from compressor.omp import blocks, dense_codes, reconstruct, refit, sparse_code
+from compressor.omp import blocks, reconstruct, refit, sparse_code, transposed_product
 from compressor.progress import progress
 
 
@@ -45,8 +45,8 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, dictionary: Tensor, indices: Tensor, values: Tensor, collect: bool) -> Tensor:
         product = reconstruct(dictionary, indices, values)
         ctx.collect = collect
-        ctx.n_atoms, ctx.block_size = dictionary.shape[1:]
-        if collect:  # indices and values, not dense codes: those would be K/B times the weight
+        ctx.n_atoms = dictionary.shape[1]
+        if collect:
             ctx.save_for_backward(weight, product, indices, values)
         return product
 
@@ -55,9 +55,7 @@ class _StraightThrough(torch.autograd.Function):
         if not ctx.collect or not ctx.needs_input_grad[1]:
             return gradient, None, None, None, None
         weight, product, indices, values = ctx.saved_tensors
-        codes = dense_codes(indices, values, ctx.n_atoms)
-        error = blocks(product - weight, ctx.block_size)
-        return gradient, codes.transpose(1, 2) @ error, None, None, None
+        return gradient, transposed_product(indices, values, product - weight, ctx.n_atoms), None, None, None
 
 
 class FactorizedStack(nn.Module):
@@ -106,8 +104,7 @@ class FactorizedStack(nn.Module):
             self.values.copy_(refit(weight, atoms, self.indices))
             return 0.0
         indices, values = sparse_code(weight, atoms, self.plan.n_nonzero, self.plan.bank_limit)
-        before = torch.zeros(*indices.shape[:2], self.plan.n_atoms, dtype=torch.bool, device=indices.device)
-        kept = before.scatter(2, self.indices, True).gather(2, indices).float().mean()
+        kept = (indices.unsqueeze(3) == self.indices.unsqueeze(2)).any(3).float().mean()
         self.indices.copy_(indices)
         self.values.copy_(values)
         return 1.0 - float(kept)

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from compressor.omp import dense_codes, reconstruct, refit, sparse_code, sparse_code_batched
+from compressor import omp
+from compressor.omp import (
+    blocks,
+    dense_codes,
+    reconstruct,
+    refit,
+    sparse_code,
+    sparse_code_batched,
+    transposed_product,
+)
 
 
 def problem(m: int, n: int, k: int, b: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -13,7 +22,12 @@ def problem(m: int, n: int, k: int, b: int, seed: int = 0) -> tuple[torch.Tensor
 
 
 @pytest.mark.parametrize(("m", "n", "k", "b", "s"), [(17, 24, 11, 8, 3), (64, 64, 48, 32, 6), (5, 8, 9, 8, 8)])
-def test_batched_and_native_agree(m: int, n: int, k: int, b: int, s: int) -> None:
+@pytest.mark.parametrize("at_once", [None, 7], ids=["together", "in parts"])
+def test_batched_and_native_agree(
+    m: int, n: int, k: int, b: int, s: int, at_once: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if at_once:  # rows of two blocks in one part
+        monkeypatch.setattr(omp, "_BUFFER_FLOATS", at_once * s * k)
     weight, dictionary = problem(m, n, k, b)
     native, native_values = sparse_code(weight, dictionary, s)
     batched, batched_values = sparse_code_batched(weight, dictionary, s)
@@ -55,6 +69,18 @@ def test_zero_rows_get_valid_codes() -> None:
     for indices, values in (sparse_code(weight, dictionary, 4), sparse_code_batched(weight, dictionary, 4)):
         assert values[0, 2].abs().max() == 0
         assert len(set(indices[0, 2].tolist())) == 4
+
+
+def test_products_with_codes_are_those_of_dense_ones() -> None:
+    """S·D and Sᵀ·E, with atoms that nobody uses; 300 blocks of 120 atoms are too many for two-byte numbers."""
+    for m, n, k, b in ((40, 24, 11, 8), (5, 600, 120, 2)):
+        weight, dictionary = problem(m, n, k, b)
+        indices, values = sparse_code(weight, dictionary, 3)
+        dense = dense_codes(indices, values, k)
+        product = (dense @ dictionary).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(reconstruct(dictionary, indices, values), product)
+        expected = dense.transpose(1, 2) @ blocks(weight, b)
+        torch.testing.assert_close(transposed_product(indices, values, weight, k), expected)
 
 
 def test_reconstruct_gradients() -> None:
