@@ -108,7 +108,20 @@ Teacher = Annotated[
     typer.Option(help="Checkpoint to learn from besides the task; by default the model before its factorization."),
 ]
 Hidden = Annotated[float, typer.Option(help="Weight of the relative distance to the teacher's hidden states.")]
+Attention = Annotated[float, typer.Option(help="Weight of the divergence from the teacher's attention maps.")]
 Interval = Annotated[int, typer.Option(help="Steps between fresh codings; in between the supports are kept.")]
+Pull = Annotated[float, typer.Option(help="Pull of the weights to their factorization, relative to the gradient.")]
+DictionaryNorm = Annotated[float, typer.Option(help="The dictionaries' gradient is clipped to this norm.")]
+ClosedForm = Annotated[
+    float,
+    typer.Option(help="How far a step takes dictionaries to their least-squares solution; 0: by gradient instead."),
+]
+Hysteresis = Annotated[
+    float, typer.Option(help="A row keeps its support unless another lowers its error by more than this share.")
+]
+FrozenShare = Annotated[
+    float, typer.Option(help="Share of the steps, the last ones, that keep all supports and train the factors.")
+]
 EvaluateEvery = Annotated[
     int,
     typer.Option(
@@ -157,7 +170,10 @@ def finetune(
     evaluate_every: EvaluateEvery = 0,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune a model densely; the checkpoint is an ordinary Hugging Face folder."""
+    """Fine-tune a model densely; the checkpoint is an ordinary Hugging Face folder.
+
+    Several processes do it together when torchrun or accelerate launch starts them.
+    """
     from compressor import pipeline
 
     config = TrainConfig(
@@ -209,12 +225,21 @@ def compress(
     seed: Seed = 0,
     distill: Distill = True,
     hidden_weight: Hidden = 10.0,
+    attention_weight: Attention = 0.0,
     teacher: Teacher = None,
     omp_interval: Interval = 1,
+    pull: Pull = 0.0,
+    dictionary_max_grad_norm: DictionaryNorm = 1.0,
+    closed_form_share: ClosedForm = 0.0,
+    support_hysteresis: Hysteresis = 0.0,
+    frozen_share: FrozenShare = 0.0,
     evaluate_every: EvaluateEvery = 0,
     resume: Resume = False,
 ) -> None:
-    """Factorize a fine-tuned checkpoint and train through the factorization; or train a compressed one on."""
+    """Factorize a fine-tuned checkpoint and train through the factorization; or train a compressed one on.
+
+    Several processes do it together when torchrun or accelerate launch starts them.
+    """
     from compressor import pipeline
     from compressor.methods import find_method
 
@@ -246,7 +271,13 @@ def compress(
         evaluate_every=evaluate_every,
         distill_weight=0.9 if distill else 0.0,
         hidden_weight=hidden_weight if distill else 0.0,
+        attention_weight=attention_weight if distill else 0.0,
         omp_interval=omp_interval,
+        pull=pull,
+        dictionary_max_grad_norm=dictionary_max_grad_norm,
+        closed_form_share=closed_form_share,
+        support_hysteresis=support_hysteresis,
+        frozen_share=frozen_share,
     )
     record = pipeline.compress(
         model,
@@ -454,6 +485,10 @@ def run(
 
 def _show(numbers: dict[str, Any], title: str) -> None:
     """Numbers on standard output, as JSON for programs or a table for people."""
+    from compressor import processes
+
+    if not processes.is_first():
+        return
     if not sys.stdout.isatty():
         print(json.dumps(numbers))
         return
@@ -468,9 +503,13 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
+    from compressor import processes
     from compressor.export import ExportError
     from compressor.train import TrainingError
 
+    processes.join()
+    if not processes.is_first():
+        logging.disable(logging.INFO)
     try:
         app()
     except (
@@ -484,6 +523,8 @@ def main() -> None:
     ) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         raise SystemExit(2) from error
+    finally:
+        processes.leave()
 
 
 if __name__ == "__main__":

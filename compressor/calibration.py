@@ -21,9 +21,9 @@ from torch import Tensor
 from compressor.config import ConfigError
 from compressor.data import Feature, collate
 from compressor.layers import StackSpec
+from compressor.losses import LABELS, task_loss
 from compressor.progress import progress
 from compressor.tasks import Task
-from compressor.train import LABELS, task_loss
 
 
 @dataclass(frozen=True)

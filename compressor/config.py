@@ -194,6 +194,13 @@ class TrainConfig:
     ½‖W − SD‖² and not of the task. ``max_steps`` 0 means whole epochs, of which ``min_steps`` may
     demand more: two passes over a few hundred rows teach nothing. ``dropout`` None keeps the model's own.
     ``evaluate_every`` steps the model is measured on the validation set, and the best weights are kept; 0: the last.
+    ``batch_size`` rows make one step, however many processes share them.
+
+    Of STF: ``omp_interval`` steps from one fresh coding to the next. ``pull``: of W to S·D, relative to the task's
+    gradient. ``closed_form_share``: how far D goes to its least-squares solution at each step, in place of a gradient
+    step (0: the gradient). ``support_hysteresis``: a row's support stays unless another lowers its error by more than
+    this share. ``frozen_share`` of the steps, the last ones, keep the supports and train D and the values by their true
+    gradients.
     """
 
     epochs: float = 2.0
@@ -205,6 +212,7 @@ class TrainConfig:
     warmup_share: float = 0.06
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    dictionary_max_grad_norm: float = 1.0
     max_length: int = CLASSIFY_LENGTH
     doc_stride: int = QA_STRIDE
     dropout: float | None = None
@@ -213,18 +221,29 @@ class TrainConfig:
     checkpoint_seconds: float = 120.0
     evaluate_every: int = 0
     omp_interval: int = 1
+    pull: float = 0.0
+    closed_form_share: float = 0.0
+    support_hysteresis: float = 0.0
+    frozen_share: float = 0.0
     distill_weight: float = 0.9
     distill_temperature: float = 2.0
     hidden_weight: float = 0.0
+    attention_weight: float = 0.0
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "learning_rate", "dictionary_learning_rate", "max_length")
-        for name in (*positive, "omp_interval", "distill_temperature", "max_grad_norm"):
+        norms = ("max_grad_norm", "dictionary_max_grad_norm")
+        for name in (*positive, *norms, "omp_interval", "distill_temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_share", "distill_weight"):
+        for name in ("warmup_share", "distill_weight", "closed_form_share", "frozen_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("pull", "hidden_weight", "attention_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.support_hysteresis < 1:
+            raise ConfigError(f"support_hysteresis must lie in [0, 1), got {self.support_hysteresis}")
         if self.evaluate_every < 0:
             raise ConfigError(f"evaluate_every must be steps, or 0 for never, got {self.evaluate_every}")
         if self.dropout is not None and not 0 <= self.dropout < 1:

@@ -143,12 +143,16 @@ def _normalised(dictionary: Tensor) -> Tensor:
 
 def _mod(targets: Tensor, dictionary: Tensor, codes: Tensor) -> Tensor:
     """D = (SᵀS)⁻¹SᵀW by Cholesky, then unit atoms; an atom nobody uses keeps its place."""
-    gram = codes.transpose(1, 2) @ codes  # (nb, K, K)
-    ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-12)
-    gram.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
-    solved = torch.cholesky_solve(codes.transpose(1, 2) @ targets, torch.linalg.cholesky(gram))
+    solved = least_squares(codes, codes.transpose(1, 2) @ targets, _RIDGE)
     used = (codes != 0).any(dim=1).unsqueeze(2)
     return _normalised(torch.where(used & torch.isfinite(solved), solved, dictionary))
+
+
+def least_squares(codes: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """``(SᵀS + ρ)⁻¹ right`` of each block with dense ``codes`` (N/B, M, K); ρ: ``ridge`` of the mean diagonal."""
+    gram = codes.transpose(1, 2) @ codes  # (nb, K, K)
+    gram.diagonal(dim1=1, dim2=2).add_(ridge * gram.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).clamp_min(1e-12))
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))
 
 
 def _approximate_ksvd(targets: Tensor, dictionary: Tensor, codes: Tensor) -> Tensor:

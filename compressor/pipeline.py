@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import kernels
-from compressor import checkpoint
+from compressor import checkpoint, processes
 from compressor.calibration import Calibration
 from compressor.checkpoint import Checkpoint, Record
 from compressor.config import CompressionConfig, ConfigError, KSVDConfig, Schedule, TrainConfig
@@ -171,7 +171,7 @@ def compress(
     guide = _teacher(model, teacher, task, config)
     before = loaded.record if loaded.factors else None
     calibration = Calibration(features, task, pad_id, config.batch_size, config.seed)
-    factors = loaded.factors or method.factorize(model, plan, calibration)
+    factors: Sequence[Any] = loaded.factors or processes.from_first(lambda: method.factorize(model, plan, calibration))
     weights = dense_weights(model, factors)
     method.attach(model, plan, factors, schedule)
     errors = _errors_of(before) if loaded.factors else relative_errors(model, factors, weights)
@@ -206,6 +206,7 @@ def compress(
             "steps": steps_before + result.steps,
             "kept_step": steps_before + result.kept_step,
             "support_flip_share": round(result.support_flip_share, 5),
+            "support_flips": [round(share, 5) for share in result.support_flips],
         },
     )
     return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record, method)
@@ -230,7 +231,7 @@ def _require_startable(
 
 
 def _is_taught(config: TrainConfig) -> bool:
-    return bool(config.distill_weight or config.hidden_weight)
+    return bool(config.distill_weight or config.hidden_weight or config.attention_weight)
 
 
 def _teacher(model: Any, teacher: str | None, task: Task, config: TrainConfig) -> Any:
@@ -250,14 +251,17 @@ def _errors_of(record: Record | None) -> dict[str, float] | None:
 
 
 def _require_alike(teacher: Any, model: Any, config: TrainConfig) -> None:
-    """The teacher reads the same tokens, and where hidden states are compared, has as many of the same size."""
-    names = ["vocab_size"] + (["num_hidden_layers", "hidden_size"] if config.hidden_weight else [])
+    """The teacher reads the same tokens, and has as many of the states and maps that are compared."""
+    names = ["vocab_size"]
+    names += ["num_hidden_layers"] if config.hidden_weight or config.attention_weight else []
+    names += ["hidden_size"] if config.hidden_weight else []
+    names += ["num_attention_heads"] if config.attention_weight else []
     for name in names:
         expected, found = getattr(model.config, name), getattr(teacher.config, name)
         if found != expected:
             raise ConfigError(
                 f"the teacher's {name} is {found}, but the model's {expected}"
-                + ("; say --hidden-weight 0 to compare logits alone" if name != "vocab_size" else "")
+                + ("; compare logits alone: --hidden-weight 0 --attention-weight 0" if name != "vocab_size" else "")
             )
 
 
@@ -277,14 +281,19 @@ def _finish(
 ) -> Record:
     """Save a trained model's folder, measure it (on no examples: not at all), and drop the training state.
 
-    Saved before it is measured, so that whoever stops the measuring has the model all the same.
+    Saved before it is measured, so that whoever stops the measuring has the model all the same. Of several processes
+    the first does it.
     """
-    checkpoint.save(output, model, tokenizer, record, method)
-    if validation:
-        record.metrics = evaluate_model(model, tokenizer, task, validation)
-        checkpoint.save_record(output, record)
-    _beside(output, "training.pt").unlink(missing_ok=True)
-    return record
+
+    def finished() -> Record:
+        checkpoint.save(output, model, tokenizer, record, method)
+        if validation:
+            record.metrics = evaluate_model(model, tokenizer, task, validation)
+            checkpoint.save_record(output, record)
+        _beside(output, "training.pt").unlink(missing_ok=True)
+        return record
+
+    return processes.from_first(finished)
 
 
 def export_checkpoint(
@@ -370,11 +379,11 @@ def run(
         dense_folder = Path(source)
     else:
         dense_folder = work / f"dense-{_digest(source, data, dense)}"
-        if checkpoint.load_record(dense_folder) is None:
+        if not processes.from_first(lambda: checkpoint.load_record(dense_folder)):
             finetune(source, data, dense, dense_folder, resume=True, measure=False)
     key = _digest(source, data, dense, compression, ksvd, sparse, schedule)
     compressed_folder = work / f"compressed-{key}"
-    if checkpoint.load_record(compressed_folder) is None:
+    if not processes.from_first(lambda: checkpoint.load_record(compressed_folder)):
         compress(
             str(dense_folder),
             data,
@@ -385,13 +394,17 @@ def run(
             resume=True,
             measure=False,
         )
-    dense_card = export_checkpoint(dense_folder, data, dense_output or work / "dense-onnx", storage=storage)
-    card = export_checkpoint(compressed_folder, data, output, storage=storage)
-    headline = task.metric_names[0]
-    card["dense"] = {"metrics": dense_card["metrics"], "sizes": dense_card["sizes"]}
-    card["drop"] = {headline: round(dense_card["metrics"][headline] - card["metrics"][headline], 3)}
-    write_card(output, card)
-    return card
+
+    def exported() -> dict[str, Any]:
+        dense_card = export_checkpoint(dense_folder, data, dense_output or work / "dense-onnx", storage=storage)
+        card = export_checkpoint(compressed_folder, data, output, storage=storage)
+        headline = task.metric_names[0]
+        card["dense"] = {"metrics": dense_card["metrics"], "sizes": dense_card["sizes"]}
+        card["drop"] = {headline: round(dense_card["metrics"][headline] - card["metrics"][headline], 3)}
+        write_card(output, card)
+        return card
+
+    return processes.from_first(exported)
 
 
 def error_table(source: str, task: str, compression: CompressionConfig, ksvd: KSVDConfig) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ The backward pass hands the task's gradient to W as if the factorization were th
 
 What follows from that second rule is kept in one place, here and in ``train.py``: D's gradient does not come from
 the loss, so it is collected once per optimiser step, clipped apart from W's, and gets no weight decay; atoms are
-renormalised before they are coded with.
+renormalised before they are coded with. What the rule leaves open has its options, all of them off unless asked for:
+a closed-form step of D, a pull of W to S·D, and supports that stay unless another one is clearly better.
 
 The baseline FT-F-FT is the same module with the supports frozen: W is dropped, and D and the values get their true
 gradients.
@@ -23,8 +24,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from compressor import processes
 from compressor.config import CompressionConfig, KSVDConfig, LayerPlan
-from compressor.ksvd import Factorization, factorize
+from compressor.ksvd import Factorization, factorize, least_squares
 from compressor.layers import (
     CompressedLinear,
     StackSpec,
@@ -34,8 +36,11 @@ from compressor.layers import (
     replace_layer,
     stacked_weight,
 )
-from compressor.omp import blocks, reconstruct, refit, sparse_code, transposed_product
+from compressor.omp import blocks, dense_codes, reconstruct, refit, sparse_code, transposed_product
 from compressor.progress import progress
+
+# Where atoms share their users the closed-form step is damped, by this share of the mean diagonal of SᵀS.
+_RIDGE = 1e-3
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -87,13 +92,16 @@ class FactorizedStack(nn.Module):
     def freeze_supports(self) -> None:
         """From here on D and the values are trained by their true gradients (FT-F-FT)."""
         self.frozen = True
+        self.dictionary.requires_grad_(True)
         self.values.requires_grad_(True)
 
     @torch.no_grad()
-    def code(self, weight: Tensor, *, afresh: bool = True) -> float:
+    def code(self, weight: Tensor, *, afresh: bool = True, hysteresis: float = 0.0) -> float:
         """New codes of the stacked ``weight`` (M, N); ``afresh=False`` keeps the supports and re-solves values.
 
-        Returns the share of support entries that changed. Call it once an optimiser step, before the forward pass.
+        A row of a block keeps its support, too, unless a fresh one lowers its error by more than the share
+        ``hysteresis``. Returns the share of support entries that changed. Call it once an optimiser step, before the
+        forward pass.
         """
         self._collected.clear()
         lengths = self._in_metric(self.dictionary).norm(dim=2, keepdim=True)
@@ -104,10 +112,27 @@ class FactorizedStack(nn.Module):
             self.values.copy_(refit(weight, atoms, self.indices))
             return 0.0
         indices, values = sparse_code(weight, atoms, self.plan.n_nonzero, self.plan.bank_limit)
+        if hysteresis:
+            refitted = refit(weight, atoms, self.indices)
+            fresh, old = _row_errors(weight, atoms, indices, values), _row_errors(weight, atoms, self.indices, refitted)
+            stays = (fresh >= (1 - hysteresis) * old).unsqueeze(2)
+            indices, values = torch.where(stays, self.indices, indices), torch.where(stays, refitted, values)
         kept = (indices.unsqueeze(3) == self.indices.unsqueeze(2)).any(3).float().mean()
         self.indices.copy_(indices)
         self.values.copy_(values)
         return 1.0 - float(kept)
+
+    def take_codes_of(self, owner: int) -> None:
+        """D and the codes as one of several processes has them, in place of coding."""
+        self._collected.clear()
+        processes.broadcast([self.dictionary, self.values, self.indices], owner)
+
+    @torch.no_grad()
+    def solve_dictionary(self, weight: Tensor, share: float) -> None:
+        """D ← D + share·(SᵀS)⁻¹Sᵀ(W − SD): so far towards the least-squares dictionary of the codes as they are."""
+        codes = dense_codes(self.indices, self.values, self.plan.n_atoms)
+        downhill = transposed_product(self.indices, self.values, weight - self.dense(), self.plan.n_atoms)
+        self.dictionary.add_(least_squares(codes, downhill, _RIDGE), alpha=share)
 
     def _in_metric(self, rows: Tensor) -> Tensor:
         """``rows`` (N/B, ·, B) of each block as the metric sees them."""
@@ -123,7 +148,7 @@ class FactorizedStack(nn.Module):
         indices, values = self.indices[:, start:stop], self.values[:, start:stop]
         if self.frozen:
             return reconstruct(self.dictionary, indices, values)
-        collect = torch.is_grad_enabled() and start not in self._collected
+        collect = torch.is_grad_enabled() and self.dictionary.requires_grad and start not in self._collected
         if collect:
             self._collected.add(start)
         # Dictionaries keep float32 under autocast: their gradient is a small difference of large numbers.
@@ -132,6 +157,12 @@ class FactorizedStack(nn.Module):
                 weight, self.dictionary, indices, values, collect
             )
         return product
+
+
+def _row_errors(weight: Tensor, dictionary: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """(N/B, M) ‖W − SD‖ of each row of each block."""
+    error = blocks(weight - reconstruct(dictionary, indices, values), dictionary.shape[2])
+    return error.square().sum(dim=2).sqrt()
 
 
 class FactorizedLinear(CompressedLinear):
@@ -204,10 +235,53 @@ def attach(
     return stacks
 
 
-def code_model(model: nn.Module, *, afresh: bool = True) -> float:
-    """Code every stack from the weights as they are now; returns the mean share of changed support entries."""
-    flips = [stack.code(stacked_weight(model, stack.names), afresh=afresh) for stack in stacks_of(model)]
-    return sum(flips) / len(flips)
+def code_model(model: nn.Module, *, afresh: bool = True, hysteresis: float = 0.0) -> float:
+    """Code every stack from the weights as they are now; returns the mean share of changed support entries.
+
+    Of several processes each codes some of the stacks and gives the others what came of it. So coding gets faster with
+    their number, and supports are the same everywhere even where rounding is not.
+    """
+    stacks = stacks_of(model)
+    owners = processes.share_out(
+        [stack.plan.n_atoms * stack.plan.out_features * stack.plan.n_blocks for stack in stacks]
+    )
+    flips = torch.zeros((), dtype=torch.float64, device=stacks[0].indices.device)
+    for stack, owner in zip(stacks, owners, strict=True):
+        if owner == processes.rank():
+            flips += stack.code(stacked_weight(model, stack.names), afresh=afresh, hysteresis=hysteresis)
+    if processes.count() > 1:
+        for stack, owner in zip(stacks, owners, strict=True):
+            stack.take_codes_of(owner)
+        processes.add_up([flips])
+    return float(flips) / len(stacks)
+
+
+@torch.no_grad()
+def pull_to_products(model: nn.Module, strength: float) -> None:
+    """Add the gradient of ½λ‖W − SD‖² to that of every stack's weights, with λ = strength·‖g‖/‖W‖.
+
+    ``strength`` has no unit: at 1 the pull is to the task's gradient g as W − SD is to W. It is SR-STE's pull (Zhou et
+    al., 2021) to the nearest S·D in the place of the nearest N:M mask.
+    """
+    for stack in stacks_of(model):
+        weights: list[Any] = [model.get_submodule(name).weight for name in stack.names]
+        gradients = [weight.grad for weight in weights]
+        scale = strength * _length(gradients) / _length(weights)
+        products = torch.split(stack.dense(), [len(weight) for weight in weights])
+        for weight, gradient, product in zip(weights, gradients, products, strict=True):
+            gradient.add_(scale * (weight - product))
+
+
+def _length(parts: Sequence[Any]) -> Tensor:
+    """Of several tensors as one vector."""
+    squares: Tensor = sum(part.square().sum() for part in parts)
+    return squares.sqrt().clamp_min(1e-30)
+
+
+def solve_dictionaries(model: nn.Module, share: float) -> None:
+    """The closed-form step of every stack's dictionary, from the weights as they are now."""
+    for stack in stacks_of(model):
+        stack.solve_dictionary(stacked_weight(model, stack.names), share)
 
 
 def stacks_of(model: nn.Module) -> list[FactorizedStack]:

@@ -48,7 +48,22 @@ def test_impossible_compression(changes: dict[str, object]) -> None:
         CompressionConfig(**changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("changes", [{"epochs": 0}, {"dropout": 1.0}, {"distill_weight": 2.0}, {"omp_interval": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 0},
+        {"dropout": 1.0},
+        {"distill_weight": 2.0},
+        {"omp_interval": 0},
+        {"pull": -1.0},
+        {"pull": float("nan")},
+        {"closed_form_share": 1.5},
+        {"support_hysteresis": 1.0},
+        {"frozen_share": -0.1},
+        {"dictionary_max_grad_norm": 0.0},
+        {"attention_weight": float("inf")},
+    ],
+)
 def test_impossible_training(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         TrainConfig(**changes)  # type: ignore[arg-type]

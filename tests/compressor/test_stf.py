@@ -9,7 +9,14 @@ from transformers import BertForSequenceClassification, DistilBertConfig, Distil
 from compressor.config import CompressionConfig, ConfigError, KSVDConfig
 from compressor.layers import find_stacks, materialize, stacked_weight
 from compressor.omp import blocks, dense_codes
-from compressor.stf import FactorizedLinear, code_model, factorize_model, plan_model, stacks_of
+from compressor.stf import (
+    FactorizedLinear,
+    code_model,
+    factorize_model,
+    plan_model,
+    pull_to_products,
+    stacks_of,
+)
 
 CONFIG = CompressionConfig(gamma=0.4, delta=0.375, block_size=8)
 
@@ -96,6 +103,73 @@ def test_codes_in_a_metric_are_its_least_squares(model: BertForSequenceClassific
     along = (left @ atoms.transpose(1, 2)).gather(2, stack.indices)
     scale = (blocks(weight, 8) @ stack.metric).norm(dim=2, keepdim=True)
     assert (along / scale).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("with_metric", [False, True])
+def test_hysteresis_keeps_supports_that_are_nearly_as_good(
+    model: BertForSequenceClassification, with_metric: bool
+) -> None:
+    """Row by row: the fresh support where it lowers the error by more than the share, else the old one, refitted."""
+    stack = factorize_model(model, CONFIG, KSVDConfig(2))[0]
+    weight = stacked_weight(model, stack.names).detach() + 0.02 * torch.randn(stack.plan.out_features, 32)
+    if with_metric:
+        stack.metric = torch.randn(stack.plan.n_blocks, 8, 8, generator=torch.Generator().manual_seed(0)).triu()
+    start = {name: tensor.clone() for name, tensor in stack.state_dict().items()}
+
+    def coded(**how: object) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Supports, errors of the rows, flips."""
+        stack.load_state_dict(start)
+        flips = stack.code(weight, **how)  # type: ignore[arg-type]
+        left = blocks(weight - stack.dense(), 8) @ (stack.metric if with_metric else torch.eye(8))
+        return stack.indices.clone(), left.norm(dim=2), flips
+
+    old, old_errors, _ = coded(afresh=False)
+    fresh, fresh_errors, fresh_flips = coded()
+    mixed, mixed_errors, mixed_flips = coded(hysteresis=0.05)
+    better = fresh_errors < 0.95 * old_errors
+    assert 0 < better.float().mean() < 1
+    assert torch.equal(mixed, torch.where(better.unsqueeze(2), fresh, old))
+    torch.testing.assert_close(mixed_errors, torch.where(better, fresh_errors, old_errors))
+    assert 0 < mixed_flips < fresh_flips
+    assert coded(hysteresis=0.999)[2] < mixed_flips
+
+
+def test_closed_form_step_of_the_dictionary(model: BertForSequenceClassification) -> None:
+    """A whole step ends at the least squares, half of one half-way; an atom that nobody uses stays."""
+    stack = factorize_model(model, CONFIG, KSVDConfig(2))[1]
+    weight = stacked_weight(model, stack.names).detach() + 0.1 * torch.randn(32, 32)
+    stack.values[:, :, 0] = torch.where(stack.indices[:, :, 0] == 3, 0.0, stack.values[:, :, 0])
+    for place in range(1, stack.plan.n_nonzero):
+        stack.values.data[:, :, place][stack.indices[:, :, place] == 3] = 0.0
+    start = stack.dictionary.detach().clone()
+
+    def error() -> float:
+        return float((weight - stack.dense()).square().sum())
+
+    errors = [error()]
+    for share in (0.5, 1.0):
+        with torch.no_grad():
+            stack.dictionary.copy_(start)
+        stack.solve_dictionary(weight, share)
+        errors.append(error())
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[1] - errors[2] == pytest.approx((errors[0] - errors[2]) / 4, rel=0.05)  # the error is quadratic
+    assert torch.equal(stack.dictionary[:, 3], start[:, 3])
+    stack.solve_dictionary(weight, 1.0)
+    assert error() == pytest.approx(errors[2], rel=1e-2)
+
+
+def test_pull_is_relative_to_the_gradient(model: BertForSequenceClassification) -> None:
+    factorize_model(model, CONFIG, KSVDConfig(1))
+    stack = stacks_of(model)[0]
+    model(**inputs()).logits[0, 0].backward()
+    weights = [model.get_submodule(name).weight for name in stack.names]
+    task = torch.cat([weight.grad for weight in weights])
+    weight = stacked_weight(model, stack.names).detach()
+    pull_to_products(model, 0.3)
+    pulled = torch.cat([weight.grad for weight in weights])
+    expected = 0.3 * task.norm() / weight.norm() * (weight - stack.dense())
+    torch.testing.assert_close(pulled - task, expected, rtol=1e-3, atol=1e-7)
 
 
 def test_frozen_supports_train_by_true_gradients(model: BertForSequenceClassification) -> None:

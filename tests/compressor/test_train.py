@@ -12,9 +12,13 @@ from transformers import BertForSequenceClassification
 from compressor.config import CompressionConfig, KSVDConfig, TrainConfig
 from compressor.data import classify_features, collate, complete_task, load_examples
 from compressor.files import SaveError, replace_file, replaced_folder
+from compressor.ksvd import relative_error
+from compressor.layers import stacked_weight
+from compressor.losses import attention_loss, task_loss
+from compressor.omp import refit
 from compressor.stf import factorize_model, stacks_of
 from compressor.tasks import find_task
-from compressor.train import TrainingError, _Loop, task_loss, train
+from compressor.train import TrainingError, _Loop, train
 
 CONFIG = TrainConfig(max_steps=12, batch_size=16, learning_rate=3e-3, dropout=0.1, distill_weight=0.0)
 
@@ -87,22 +91,143 @@ def test_distillation_pulls_towards_the_teacher(setting: tuple[Any, Any], tmp_pa
     assert gap() < before / 3
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "stf"])
-def test_resume_gives_the_numbers_of_an_unbroken_run(setting: tuple[Any, Any], tmp_path: Path, sparse: bool) -> None:
+def test_attention_maps_pull_towards_the_teacher(setting: tuple[Any, Any], tmp_path: Path) -> None:
+    """A student whose attention alone is trained on it comes to look where the teacher looks."""
     task, features = setting
-    unbroken = fresh(sparse)
-    train(unbroken, features, task, CONFIG, pad_id=0, checkpoint=tmp_path / "whole.pt")
+    torch.manual_seed(2)
+    teacher = BertForSequenceClassification._from_config(make_config(), attn_implementation="eager")
+    student = BertForSequenceClassification._from_config(make_config(), attn_implementation="eager")
+    for name, weight in teacher.named_parameters():  # the maps of a fresh model are all alike: nothing to learn
+        if ".query.weight" in name or ".key.weight" in name:
+            weight.data.mul_(10)
+    teacher.eval().requires_grad_(False)
 
-    loop = _Loop(fresh(sparse), features, task, CONFIG, 0, None)
+    @torch.no_grad()
+    def distance() -> float:
+        batch = collate(features, 0)
+        batch.pop("labels")
+        answers = [model.eval()(**batch, output_attentions=True) for model in (student, teacher)]
+        return float(attention_loss(*answers, batch["attention_mask"]))
+
+    before = distance()
+    assert before > 0.1
+    config = replace(CONFIG, max_steps=40, dropout=0.0, attention_weight=10.0)
+    train(student, features, task, config, pad_id=0, checkpoint=tmp_path / "s.pt", teacher=teacher)
+    assert distance() < before / 2
+
+
+# Half of CONFIG's steps are 6, a quarter 3: with the resumed run broken off at 7, once after supports were frozen and
+# once before.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "interval": {"omp_interval": 5},
+    "pull": {"pull": 0.5},
+    "clipped": {"dictionary_max_grad_norm": 0.01},
+    "closed form": {"closed_form_share": 0.5},
+    "hysteresis": {"support_hysteresis": 0.1},
+    "frozen before": {"frozen_share": 0.5, "evaluate_every": 4},
+    "frozen after": {"frozen_share": 0.25, "closed_form_share": 1.0, "pull": 0.1},
+    "all frozen": {"frozen_share": 1.0},
+}
+
+
+@pytest.mark.parametrize("options", [None, {}, *OPTIONS.values()], ids=["dense", "stf", *OPTIONS])
+def test_resume_gives_the_numbers_of_an_unbroken_run(
+    setting: tuple[Any, Any], tmp_path: Path, options: dict[str, Any] | None
+) -> None:
+    task, features = setting
+    sparse = options is not None
+    config = replace(CONFIG, **(options or {}))
+    unbroken = fresh(sparse)
+
+    def score() -> float:
+        return 0.0
+
+    whole = train(unbroken, features, task, config, pad_id=0, checkpoint=tmp_path / "whole.pt", score=score)
+
+    loop = _Loop(fresh(sparse), features, task, config, 0, None, score)
     for _ in range(7):
         loop.advance()
     loop.save(tmp_path / "half.pt")
     del loop
     torch.manual_seed(99)
     resumed = fresh(sparse)
-    train(resumed, features, task, CONFIG, pad_id=0, checkpoint=tmp_path / "half.pt", resume=True)
+    path = tmp_path / "half.pt"
+    rest = train(resumed, features, task, config, pad_id=0, checkpoint=path, score=score, resume=True)
     for name, tensor in unbroken.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+    assert rest.support_flips == whole.support_flips
+    if options:  # and each option does something
+        plain = fresh(sparse)
+        train(plain, features, task, CONFIG, pad_id=0, checkpoint=tmp_path / "plain.pt")
+        assert any(
+            not torch.equal(ours.dense(), theirs.dense())
+            for ours, theirs in zip(stacks_of(unbroken), stacks_of(plain), strict=True)
+        )
+
+
+def test_last_steps_with_frozen_supports(setting: tuple[Any, Any], tmp_path: Path) -> None:
+    """They begin where STF is, keep its supports and W, move D and the values, and bring the loss down."""
+    task, features = setting
+    config = replace(CONFIG, max_steps=50, dropout=0.0, frozen_share=0.4)
+    model = fresh(sparse=True)
+    loop = _Loop(model, features, task, config, 0, None)
+    for _ in range(30):
+        loop.advance()
+    assert loop.factorizes
+    loop._code()
+    before = [(stack.indices.clone(), stack.values.clone(), stack.dictionary.clone()) for stack in stacks_of(model)]
+    weight = model.get_submodule(stacks_of(model)[0].names[0]).weight.detach().clone()
+    start = mean_loss(model, features, task)
+    for _ in range(20):
+        loop.advance()
+    assert not loop.factorizes
+    assert torch.equal(weight, model.get_submodule(stacks_of(model)[0].names[0]).weight)
+    for stack, (indices, values, dictionary) in zip(stacks_of(model), before, strict=True):
+        assert torch.equal(stack.indices, indices)
+        assert not torch.equal(stack.values, values)
+        assert not torch.equal(stack.dictionary, dictionary)
+    assert mean_loss(model, features, task) < start - 0.01
+
+
+def test_kept_codes_are_those_that_were_trained(setting: tuple[Any, Any], tmp_path: Path) -> None:
+    """12 steps with a coding at the 1st, 6th and 11th: supports at the end are those of the 11th, values fit W."""
+    task, features = setting
+    config = replace(CONFIG, omp_interval=5)
+    model = fresh(sparse=True)
+    loop = _Loop(model, features, task, config, 0, None)
+    for _ in range(11):
+        loop.advance()
+    supports = [stack.indices.clone() for stack in stacks_of(model)]
+    loop.advance()
+    loop.keep_best()
+    for stack, support in zip(stacks_of(model), supports, strict=True):
+        assert torch.equal(stack.indices, support)
+        atoms = torch.nn.functional.normalize(stack.dictionary, dim=2)
+        expected = refit(stacked_weight(model, stack.names).detach(), atoms, support)
+        torch.testing.assert_close(stack.values.detach(), expected)
+
+
+def test_flips_are_told_over_time(setting: tuple[Any, Any], tmp_path: Path) -> None:
+    task, features = setting
+    config = replace(CONFIG, max_steps=50, frozen_share=0.2, omp_interval=3)
+    result = train(fresh(sparse=True), features, task, config, pad_id=0, checkpoint=tmp_path / "c.pt")
+    assert len(result.support_flips) == 17  # of 20, the last quarter of them frozen but for the coding that freezes
+    assert max(result.support_flips) > 0
+    assert result.support_flip_share == pytest.approx(sum(result.support_flips) / 17, rel=0.3)
+    dense = train(fresh(), features, task, CONFIG, pad_id=0, checkpoint=tmp_path / "d.pt")
+    assert dense.support_flips == []
+
+
+def test_pull_brings_weights_to_their_products(setting: tuple[Any, Any], tmp_path: Path) -> None:
+    task, features = setting
+
+    def distance(pull: float) -> float:
+        model = fresh(sparse=True)
+        config = replace(CONFIG, max_steps=40, dropout=0.0, pull=pull)
+        train(model, features, task, config, pad_id=0, checkpoint=tmp_path / "c.pt")
+        return sum(relative_error(stacked_weight(model, stack.names), stack.dense()) for stack in stacks_of(model))
+
+    assert distance(2.0) < 0.8 * distance(0.0)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "stf"])
