@@ -10,8 +10,10 @@ VENV ?= .venv
 # processor's build is
 #   make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
-# More words for pytest or the benchmark of layers: make test ARGS='tests/kernels -k omp'
+# More words for pytest or the benchmark: make test ARGS='tests/kernels -k omp'
 ARGS ?=
+# Which of tests/bench is run: layers or training.
+BENCH ?= layers
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -28,7 +30,7 @@ test: $(VENV)/for-testing
 	$(bin)/pytest $(ARGS)
 
 bench: $(VENV)/for-testing
-	PYTHONPATH=tests:tests/kernels $(bin)/python tests/bench/layers.py $(ARGS)
+	PYTHONPATH=tests:tests/kernels $(bin)/python tests/bench/$(BENCH).py $(ARGS)
 
 check: $(VENV)/for-testing
 	$(bin)/ruff check .
