@@ -143,14 +143,14 @@ def _normalised(dictionary: Tensor) -> Tensor:
 
 def _mod(targets: Tensor, dictionary: Tensor, codes: Tensor) -> Tensor:
     """D = (SᵀS)⁻¹SᵀW by Cholesky, then unit atoms; an atom nobody uses keeps its place."""
-    solved = least_squares(codes, codes.transpose(1, 2) @ targets, _RIDGE)
+    transposed = codes.transpose(1, 2)
+    solved = least_squares(transposed @ codes, transposed @ targets, _RIDGE)
     used = (codes != 0).any(dim=1).unsqueeze(2)
     return _normalised(torch.where(used & torch.isfinite(solved), solved, dictionary))
 
 
-def least_squares(codes: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """``(SᵀS + ρ)⁻¹ right`` of each block with dense ``codes`` (N/B, M, K); ρ: ``ridge`` of the mean diagonal."""
-    gram = codes.transpose(1, 2) @ codes  # (nb, K, K)
+def least_squares(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """``(SᵀS + ρ)⁻¹ right`` of each block, ``gram`` (N/B, K, K) being SᵀS; ρ is ``ridge`` of its mean diagonal."""
     gram.diagonal(dim1=1, dim2=2).add_(ridge * gram.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).clamp_min(1e-12))
     return torch.cholesky_solve(right, torch.linalg.cholesky(gram))
 

@@ -188,6 +188,16 @@ def transposed_product(indices: Tensor, values: Tensor, matrix: Tensor, n_atoms:
     return sums.view(n_blocks, n_atoms, -1)
 
 
+def gram_of_codes(indices: Tensor, values: Tensor, n_atoms: int) -> Tensor:
+    """SᵀS of each block, (N/B, K, K): S² products a row."""
+    n_blocks = len(indices)
+    rows = torch.arange(n_blocks, device=indices.device).mul_(n_atoms).view(-1, 1, 1) + indices
+    places = rows.unsqueeze(3) * n_atoms + indices.unsqueeze(2)
+    products = values.unsqueeze(3) * values.unsqueeze(2)
+    sums = torch.zeros(n_blocks * n_atoms**2, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, places.flatten(), products.flatten()).view(n_blocks, n_atoms, n_atoms)
+
+
 def _numbered(indices: Tensor, n_atoms: int) -> Tensor:
     """(M, N/B, S): codes row by row of the matrix, atoms numbered through all blocks."""
     first = torch.arange(len(indices), device=indices.device).mul_(n_atoms)

@@ -36,7 +36,7 @@ from compressor.layers import (
     replace_layer,
     stacked_weight,
 )
-from compressor.omp import blocks, dense_codes, reconstruct, refit, sparse_code, transposed_product
+from compressor.omp import blocks, gram_of_codes, reconstruct, refit, sparse_code, transposed_product
 from compressor.progress import progress
 
 # Where atoms share their users the closed-form step is damped, by this share of the mean diagonal of SᵀS.
@@ -130,9 +130,9 @@ class FactorizedStack(nn.Module):
     @torch.no_grad()
     def solve_dictionary(self, weight: Tensor, share: float) -> None:
         """D ← D + share·(SᵀS)⁻¹Sᵀ(W − SD): so far towards the least-squares dictionary of the codes as they are."""
-        codes = dense_codes(self.indices, self.values, self.plan.n_atoms)
-        downhill = transposed_product(self.indices, self.values, weight - self.dense(), self.plan.n_atoms)
-        self.dictionary.add_(least_squares(codes, downhill, _RIDGE), alpha=share)
+        codes = self.indices, self.values
+        downhill = transposed_product(*codes, weight - self.dense(), self.plan.n_atoms)
+        self.dictionary.add_(least_squares(gram_of_codes(*codes, self.plan.n_atoms), downhill, _RIDGE), alpha=share)
 
     def _in_metric(self, rows: Tensor) -> Tensor:
         """``rows`` (N/B, ·, B) of each block as the metric sees them."""

@@ -149,7 +149,7 @@ class _Loop:
         self.model.train()
         if self.factorizes:
             part = self.step * _FLIP_POINTS // self.total_steps
-            self.flips[part] += self._code()
+            self.flips[part] += self._code(self.step % self.config.omp_interval == 0 or self.step == self.freeze_at)
             self.codings[part] += 1
             if self.step == self.freeze_at:
                 self._freeze()
@@ -210,7 +210,7 @@ class _Loop:
 
     def _evaluate(self, score: Callable[[], float]) -> None:
         """Measure the model, and remember its weights if they are the best so far (of equals, the later ones)."""
-        self._code()
+        self._settle()
         value = processes.from_first(score)
         log.info("step %d: %.2f", self.step, value)
         if value >= self.best_score:
@@ -220,16 +220,20 @@ class _Loop:
     def keep_best(self) -> None:
         """Leave the model with the best weights measured, or with the last ones if none were."""
         if self.best is None:
-            self._code()
+            self._settle()
         else:
             self.model.load_state_dict(self.best)
 
-    def _code(self) -> float:
-        """What the next step would begin with, so that a model is measured and kept as it is trained."""
-        if not self.factorizes:
-            return 0.0
-        afresh = self.step % self.config.omp_interval == 0 or self.step == self.freeze_at < self.total_steps
+    def _code(self, afresh: bool) -> float:
         return code_model(self.model, afresh=afresh, hysteresis=self.config.support_hysteresis)
+
+    def _settle(self) -> None:
+        """Codes of the weights as they are, so that a model is measured and kept as it was trained.
+
+        That is with the supports of the last step; where every step codes afresh, as the next one would.
+        """
+        if self.factorizes:
+            self._code(afresh=self.config.omp_interval == 1)
 
     def _next_batch(self) -> tuple[dict[str, Tensor], float]:
         """This process's rows of the next batch and their share of it: zero where there is no row left for it."""

@@ -7,6 +7,7 @@ from compressor import omp
 from compressor.omp import (
     blocks,
     dense_codes,
+    gram_of_codes,
     reconstruct,
     refit,
     sparse_code,
@@ -81,6 +82,7 @@ def test_products_with_codes_are_those_of_dense_ones() -> None:
         torch.testing.assert_close(reconstruct(dictionary, indices, values), product)
         expected = dense.transpose(1, 2) @ blocks(weight, b)
         torch.testing.assert_close(transposed_product(indices, values, weight, k), expected)
+        torch.testing.assert_close(gram_of_codes(indices, values, k), dense.transpose(1, 2) @ dense)
 
 
 def test_reconstruct_gradients() -> None:
