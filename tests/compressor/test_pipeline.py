@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
-from compressor.config import TrainConfig
-from compressor.pipeline import Data, _digest
+import pytest
+from tiny import make_config
+from transformers import BertForSequenceClassification
+
+from compressor.config import ConfigError, TrainConfig
+from compressor.pipeline import Data, _digest, _require_alike
 
 
 def test_a_stage_is_named_by_settings_and_by_the_files_they_name(tmp_path: Path) -> None:
@@ -35,3 +39,24 @@ def test_held_out_rows_do_not_depend_on_the_order_of_calls(tmp_path: Path) -> No
     assert data.examples(task, seed=3)[1] == validation
     assert data.examples(task, seed=4)[1] != validation
     assert len(Data("classify", train_file=rows, rows=7).examples(task, seed=3)[0]) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "compared", "told"),
+    [
+        ({"num_attention_heads": 8}, {"attention_weight": 1.0}, "num_attention_heads is 8, but the model's 4"),
+        ({"num_hidden_layers": 3}, {"attention_weight": 1.0}, "num_hidden_layers is 3, but the model's 2"),
+        ({"num_attention_heads": 8}, {"hidden_weight": 1.0}, None),
+        ({"num_hidden_layers": 3}, {}, None),
+    ],
+)
+def test_a_teacher_has_what_is_compared(
+    changes: dict[str, object], compared: dict[str, float], told: str | None
+) -> None:
+    teacher = BertForSequenceClassification(make_config(**changes))
+    model = BertForSequenceClassification(make_config())
+    if told is None:
+        _require_alike(teacher, model, TrainConfig(**compared))  # type: ignore[arg-type]
+        return
+    with pytest.raises(ConfigError, match=told):
+        _require_alike(teacher, model, TrainConfig(**compared))  # type: ignore[arg-type]
