@@ -198,7 +198,7 @@ function showComparison(found, asked) {
 function sentence(baseline, other) {
   const faster = `${nameOf(other)} is ${times(other.speed_up.median)} as fast as ${nameOf(baseline)} on this text`;
   if (other.agrees === null) return `${faster}.`;
-  return other.agrees ? `${faster}, with the same answer.` : `${faster}, with another answer.`;
+  return other.agrees ? `${faster}, with the same answer.` : `${faster}, with a different answer.`;
 }
 
 // ------------------------------------------------------------------------------------------------------- the race
