@@ -1,4 +1,4 @@
-"""Takes docs/page.png of a running service: python docs/page.py [URL]. Needs what `make test` installs, and Chromium."""
+"""Takes docs/page.png of a running service: python docs/page.py [URL]. Needs what `make test` installs and Chromium."""
 
 from __future__ import annotations
 
