@@ -387,6 +387,8 @@ def test_accessible_and_nowhere_too_wide(visit: Callable[..., Any], scheme: str,
         found = axe.run(page)
         assert found.violations_count == 0, found.generate_report()
         assert opened.width() == size["width"]
+        table = page.get_by_role("region", name="Table of models")
+        assert table.evaluate("box => box.scrollWidth <= box.clientWidth")
         page.get_by_label("Ask a question").check()
 
 
