@@ -62,6 +62,7 @@ class Failure extends Error {
 
 const headers = () => (apiKey ? { Authorization: `Bearer ${apiKey}` } : {});
 
+/** What the service said, and its headers. */
 async function ask(path, body) {
   let response;
   try {
@@ -74,7 +75,7 @@ async function ask(path, body) {
     throw new Failure("The service does not answer. Look whether it still runs, then try again.");
   }
   const told = await response.json().catch(() => null);
-  if (response.ok && told) return told;
+  if (response.ok && told) return [told, response.headers];
   const wait = response.headers.get("Retry-After");
   const sentence = told?.error ?? `The service answered with status ${response.status} and no reason.`;
   throw new Failure(wait ? `${sentence} It asks to wait ${wait} s.` : sentence, response.status);
@@ -161,7 +162,8 @@ async function compare() {
   }, 1000 * SILENCE_SECONDS);
   const asked = { task: task(), inputs: inputs(), parameters: task() === "qa" ? { offset_encoding: "utf16" } : {} };
   try {
-    showComparison(await ask("/compare", asked), asked);
+    const [found] = await ask("/compare", asked);
+    showComparison(found, asked);
     bringIntoView($("result"));
   } catch (error) {
     $("status").textContent = "";
@@ -198,12 +200,17 @@ function showComparison(found, asked) {
 function sentence(baseline, other) {
   const faster = `${nameOf(other)} is ${times(other.speed_up.median)} as fast as ${nameOf(baseline)} on this text`;
   if (other.agrees === null) return `${faster}.`;
-  return other.agrees ? `${faster}, with the same answer.` : `${faster}, with another answer.`;
+  return other.agrees ? `${faster}, with the same answer.` : `${faster}, with a different answer.`;
 }
 
 // ------------------------------------------------------------------------------------------------------- the race
 
 let racing = false;
+
+/** "tok;dur=0.41, queue;dur=1.8, …", in milliseconds. What a browser adds can be more than a short text takes. */
+function serverSeconds(timing) {
+  return [...timing.matchAll(/dur=([\d.]+)/g)].reduce((sum, [, part]) => sum + Number(part), 0) / 1000;
+}
 
 async function startRace() {
   if (racing) {
@@ -223,9 +230,8 @@ async function startRace() {
   $("race-status").textContent = "";
   const track = new Track($("track"), contenders);
   const send = async ({ variant }) => {
-    const began = performance.now();
-    await ask(`/variants/${variant}/${name}`, body);
-    return (performance.now() - began) / 1000;
+    const [, answered] = await ask(`/variants/${variant}/${name}`, body);
+    return serverSeconds(answered.get("Server-Timing"));
   };
   const show = (model, seconds) => {
     taken.get(model).push(seconds);
@@ -236,7 +242,7 @@ async function startRace() {
   };
   try {
     await race(contenders, count, send, show, () => !racing);
-    $("race-status").textContent = `${racing ? "Finished" : "Stopped"}. Times are those of this browser, HTTP included.`;
+    $("race-status").textContent = `${racing ? "Finished" : "Stopped"}. Times are the service's own, from its header Server-Timing.`;
   } catch (error) {
     $("race-status").textContent = "The race ended early.";
     showFailure(error, startRace);

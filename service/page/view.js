@@ -38,8 +38,8 @@ export function figures(baseline, other, rounds) {
   return [
     figure("as fast", times(ratio), interval),
     figure(
-      other.agrees === false ? "The answers differ" : "Answer",
-      other.agrees === null ? "–" : other.agrees ? "Same" : "Other",
+      "answer",
+      other.agrees === null ? "–" : other.agrees ? "Same" : "Different",
       difference === null ? "No score to compare" : `Scores differ by ${difference.toFixed(4)} at most`,
     ),
     figure("the size", times(other.file_bytes / baseline.file_bytes),

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import comparisons
 import concurrency
 import corruption
 import departures
@@ -48,6 +49,10 @@ def test_a_process_whose_inference_hangs_or_ends_is_unready_and_then_gone(
     finally:
         service.process.kill()
         service.process.communicate()
+
+
+def test_comparisons_beside_requests(models: Path) -> None:
+    comparisons.check(models, 2, 0.5, 0.02)
 
 
 def test_many_requests_at_once_get_their_own_answers(models: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -216,9 +217,21 @@ def test_examples_are_one_click_away(visit: Callable[..., Any]) -> None:
 def test_a_race_and_the_table_of_the_service(visit: Callable[..., Any]) -> None:
     page = visit().page
     page.get_by_label("Requests").select_option("20")
+    timings: dict[str, list[float]] = {"dense": [], "dsformer": []}
+
+    def note(response: Any) -> None:
+        if found := re.search(r"/variants/(\w+)/classify", response.url):
+            parts = re.findall(r"dur=([\d.]+)", response.headers["server-timing"])
+            timings[found[1]].append(sum(map(float, parts)))
+
+    page.on("response", note)
     page.get_by_role("button", name="Start race").click()
     expect(page.locator("#race-status")).to_contain_text("Finished")
-    for name in ("Dense", "DSFormer 2.8x"):
+    for name, variant in (("Dense", "dense"), ("DSFormer 2.8x", "dsformer")):
+        shown = page.locator(f".contender[data-variant={variant}] strong").inner_text()
+        assert float(shown.removesuffix(" ms")) == pytest.approx(
+            statistics.median(timings[variant]), rel=0.02, abs=0.01
+        )
         drawn = page.get_by_role("img", name=re.compile(f"^20 answers of {re.escape(name)}"))
         expect(drawn).to_be_visible()
         expect(drawn.locator("circle")).to_have_count(20)
@@ -374,6 +387,8 @@ def test_accessible_and_nowhere_too_wide(visit: Callable[..., Any], scheme: str,
         found = axe.run(page)
         assert found.violations_count == 0, found.generate_report()
         assert opened.width() == size["width"]
+        table = page.get_by_role("region", name="Table of models")
+        assert table.evaluate("box => box.scrollWidth <= box.clientWidth")
         page.get_by_label("Ask a question").check()
 
 
