@@ -272,7 +272,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 def table(found: Sequence[Load], facts: Mapping[str, Any]) -> str:
     """The numbers as Markdown."""
-    titles = ("task", "variant", "p50, ms", "p90", "p99", "mean", "mean in the service")
+    titles: tuple[str, ...] = ("task", "variant", "p50, ms", "p90", "p99", "mean", "mean in the service")
     titles = (*titles, "requests/s", "errors", "times as fast (quartiles)")
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in found:
