@@ -4,7 +4,7 @@
     POST /variants/{variant}/classify|qa    the variant in the path
     GET  /livez /readyz /health /info /metrics /docs
 
-A request's way: edge.py (id, size) -> schemas.py -> tasks.py -> admission.py -> classify.py or qa.py (tokenize) ->
+A request's way: edge.py (id, size) -> admission.py -> schemas.py -> tasks.py -> classify.py or qa.py (tokenize) ->
 engine.py (batching.py, model.py) -> classify.py or qa.py (decode) -> the answer with its timings. Inference never runs
 on the event loop.
 """
@@ -16,7 +16,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -25,7 +24,7 @@ from starlette.exceptions import HTTPException
 import kernels
 from service import errors, keys, lifecycle, registry
 from service.admission import Admission
-from service.edge import Observed, log_failure
+from service.edge import Observed, failure, log_failure
 from service.engine import Engine
 from service.errors import MethodNotAllowed, NotFound, NotReady, ServiceError, StartError
 from service.lifecycle import Lifecycle
@@ -53,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         models=models,
         keys=keys.load(settings.api_key, settings.api_key_file),
         workers=Workers(settings.threads),
-        admission=Admission(settings.max_queue_tokens),
+        admission=Admission(settings.max_queue_tokens, lambda: engine.tokens_per_second),
         engine=engine,
         lifecycle=Lifecycle(engine, settings.hang_seconds),
         metrics=metrics,
@@ -70,7 +69,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     app.include_router(tasks)
     app.include_router(probes)
-    app.add_middleware(Observed, service=service)
+    app.add_middleware(Observed, service=service, routes=tasks.routes)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
     for path in ("/classify", "/qa", "/variants/{variant}/classify", "/variants/{variant}/qa"):
@@ -140,9 +139,7 @@ async def get_ready(service: Service) -> None:
 
 async def on_service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        log_failure(error, request.state.request_id)
-    return errors.response(error, request.state.request_id)
+    return failure(error, request.state.request_id)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -89,6 +89,12 @@ class Served:
             assert status == 0, self.log
 
 
+def cpu_seconds(pid: int) -> float:
+    """What the processor has done for a process. Unlike a clock's time it bears a busy machine."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass(frozen=True)
 class Answer:
     status: int  # 0: no connection could be made; -1: it was made, and broke before the answer

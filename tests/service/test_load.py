@@ -61,13 +61,17 @@ def test_ten_thousand_requests_at_once_get_their_own_answers(models: Path) -> No
 
 @pytest.mark.parametrize("limit", [1, 8])
 def test_overload_is_refused_politely(models: Path, limit: int) -> None:
-    overload.check(models / "tiny-classify-dsformer", limit, clients=60, seconds=1.0, calm_clients=2)
+    overload.check(models / "tiny-classify-dsformer", limit, clients=60, seconds=1.0)
+
+
+def test_who_comes_back_at_once_is_refused_as_well(models: Path) -> None:
+    overload.check(models / "tiny-classify-dsformer", 1, clients=60, seconds=1.0, polite=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2, 4, 8])
 def test_five_hundred_clients_are_refused_politely(models: Path, limit: int) -> None:
-    overload.check(models / "tiny-classify-dsformer", limit, clients=500, seconds=10, calm_clients=2)
+    overload.check(models / "tiny-classify-dsformer", limit, clients=500, seconds=3, rounds=3)
 
 
 def test_who_leaves_costs_nothing_more(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
