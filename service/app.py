@@ -31,6 +31,7 @@ from service.lifecycle import Lifecycle
 from service.metrics import Metrics, version
 from service.probes import probes
 from service.registry import Registry
+from service.reload import Reloader
 from service.settings import Settings
 from service.state import Service
 from service.tasks import ERRORS, tasks
@@ -66,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
+    service.reloader = Reloader(service, lambda models: take_over(service, models))
     app.state.service = service
     app.include_router(tasks)
     app.include_router(probes)
@@ -90,12 +92,18 @@ def chosen_isa(models: Registry) -> kernels.Isa:
         raise StartError(f"The custom op cannot choose its instruction set: {error}") from error
 
 
+def take_over(service: Service, models: Registry) -> None:
+    """All that is told of the models, told of those that have just replaced them."""
+    service.isa = chosen_isa(models)
+    service.metrics.describe(models, service.settings.threads, service.isa.name)
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Warm up while the probes already answer."""
     service: Service = app.state.service
     background = [
-        asyncio.create_task(get_ready(service)),
+        asyncio.create_task(live(service)),
         asyncio.create_task(service.lifecycle.watch(lambda: service.end())),
     ]
     yield
@@ -105,6 +113,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     service.engine.close()
 
 
+async def live(service: Service) -> None:
+    """Get ready, then look out for new models."""
+    await get_ready(service)
+    if service.lifecycle.ready:
+        await service.reloader.watch()
+
+
 async def get_ready(service: Service) -> None:
     """Warm up and test every model; only then is the service ready."""
     began = time.perf_counter()
@@ -112,7 +127,7 @@ async def get_ready(service: Service) -> None:
         for model in service.models:
             await lifecycle.warm_up(service.engine, model, service.settings.max_batch_tokens)
             error = await lifecycle.self_test(service.engine, model)
-            service.metrics.ready(model, error)
+            service.metrics.tested(model, error)
             log.info(
                 "model tested",
                 extra={

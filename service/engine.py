@@ -263,11 +263,15 @@ class Engine:
                 self._loop.call_soon_threadsafe(self._deliver, batch, outputs, failure)
             except RuntimeError:
                 return  # the event loop has ended, and nobody waits any more
+            # While this thread waits, it must not keep a model in memory that has been replaced.
+            del model, items, batch, outputs
 
     def _take(self) -> list[tuple[Job, int]]:
         for _ in range(len(self._turns)):
-            model = self._turns[0]
-            self._turns.rotate(-1)
+            # A queue lasts from a job to the next moment without one, so that no model is kept that nobody asks for.
+            model = self._turns.popleft()
             if items := self._queues[model].take():
+                self._turns.append(model)
                 return items
+            del self._queues[model]
         return []

@@ -65,6 +65,7 @@ async def info(request: Request) -> dict[str, Any]:
             "isa_reason": service.isa.reason,
         },
         "ready": service.lifecycle.ready,
+        "last_reload": service.reloader.info(),
     }
 
 

@@ -127,6 +127,12 @@ class Settings(BaseSettings):
     hang_seconds: float = Field(
         default=30.0, gt=0, description="An inference that takes longer than this ends the process with status 4."
     )
+    reload_seconds: float = Field(
+        default=2.0,
+        ge=0,
+        description="How often to look whether a model folder has changed; new models are loaded beside the old ones, "
+        "tested, and take over. 0: only on SIGHUP.",
+    )
     api_key: SecretStr | None = Field(
         default=None,
         description="Key that requests must send as Authorization: Bearer KEY; probes and /metrics stay open. Better "
