@@ -22,7 +22,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 import kernels
-from service import errors, keys, lifecycle, registry
+from service import errors, keys, lifecycle, registry, tracing
 from service.admission import Admission
 from service.edge import Observed, failure, log_failure
 from service.engine import Engine
@@ -76,6 +76,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http_error)
     for path in ("/classify", "/qa", "/variants/{variant}/classify", "/variants/{variant}/qa"):
         service.metrics.expect(path, "POST", (200, *ERRORS))
+    if settings.traces:
+        service.closing.append(tracing.instrument(app))
     log.info(
         "service configured",
         extra=settings.model_dump(mode="json") | {"isa": isa.name or "-", "isa_reason": isa.reason},
@@ -111,6 +113,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         task.cancel()
     service.workers.close()
     service.engine.close()
+    for close in service.closing:
+        close()
 
 
 async def live(service: Service) -> None:

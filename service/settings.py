@@ -143,6 +143,15 @@ class Settings(BaseSettings):
         default="info", description="Least severe log line that is written."
     )
 
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, key=value, or one JSON object each for machines."
+    )
+    traces: bool = Field(
+        default=False,
+        description="Send OpenTelemetry traces, without any text of a user, to where the variables OTEL_* say. Needs "
+        "the extra otel.",
+    )
+
     @model_validator(mode="after")
     def _patience_ends_after_it_begins(self) -> Settings:
         if self.hang_seconds <= self.stall_seconds:

@@ -35,6 +35,7 @@ class Service:
     isa: kernels.Isa
     end: Callable[[], None] = lambda: None  # ends the process
     reloader: Reloader = field(init=False)
+    closing: list[Callable[[], None]] = field(default_factory=list)  # called at the end
 
     def observe_queue(self) -> None:
         """Read the gauges anew; they are of use only when somebody looks."""
