@@ -2,7 +2,9 @@
 
     POST /classify /qa                      the default variant, or parameters.variant
     POST /variants/{variant}/classify|qa    the variant in the path
+    POST /predict                           /classify in the words of Text Embeddings Inference
     GET  /livez /readyz /health /info /metrics /docs
+    GET  /v2...                             health and metadata by the Open Inference Protocol
 
 A request's way: edge.py (id, size) -> admission.py -> schemas.py -> tasks.py -> classify.py or qa.py (tokenize) ->
 engine.py (batching.py, model.py) -> classify.py or qa.py (decode) -> the answer with its timings. Inference never runs
@@ -24,11 +26,12 @@ from starlette.exceptions import HTTPException
 import kernels
 from service import errors, keys, lifecycle, registry, tracing
 from service.admission import Admission
-from service.edge import Observed, failure, log_failure
+from service.edge import Observed, TaskRoute, failure, log_failure
 from service.engine import Engine
 from service.errors import MethodNotAllowed, NotFound, NotReady, ServiceError, StartError
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics, version
+from service.oip import oip
 from service.probes import probes
 from service.registry import Registry
 from service.reload import Reloader
@@ -71,11 +74,13 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     app.include_router(tasks)
     app.include_router(probes)
+    app.include_router(oip)
     app.add_middleware(Observed, service=service, routes=tasks.routes)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    for path in ("/classify", "/qa", "/variants/{variant}/classify", "/variants/{variant}/qa"):
-        service.metrics.expect(path, "POST", (200, *ERRORS))
+    for route in tasks.routes:
+        assert isinstance(route, TaskRoute)
+        service.metrics.expect(route.path, "POST", (200, *ERRORS))
     if settings.traces:
         service.closing.append(tracing.instrument(app))
     log.info(

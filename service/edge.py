@@ -234,7 +234,7 @@ class TaskRoute(BodyRoute):
 
     @property
     def task(self) -> str:
-        return self.path.rsplit("/", 1)[-1]
+        return "qa" if self.path.endswith("/qa") else "classify"
 
 
 class TaskTable:

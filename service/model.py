@@ -33,7 +33,7 @@ class OnnxModel:
         self.file_bytes = artifact.onnx_path.stat().st_size
         self.tokenizer = Tokenizer(artifact.tokenizer_path)
         self._session = open_session(artifact, threads)
-        self._inputs = self._checked_inputs()
+        self.inputs = self._checked_inputs()
         self.outputs = OUTPUTS[artifact.task]
         self._check_run()
         wrong = golden.wrong_tokens(artifact.golden, self.tokenizer)
@@ -63,7 +63,7 @@ class OnnxModel:
             feed["input_ids"][i, : len(row)] = row.ids
             feed["attention_mask"][i, : len(row)] = 1
             feed["token_type_ids"][i, : len(row)] = row.type_ids
-        return {name: feed[name] for name in self._inputs}
+        return {name: feed[name] for name in self.inputs}
 
     def _checked_inputs(self) -> list[str]:
         names = [node.name for node in self._session.get_inputs()]

@@ -98,6 +98,44 @@ class ClassifyRequest(Strict):
         return [TextPair(text=item) if isinstance(item, str) else item for item in items]
 
 
+class PredictRequest(Strict):
+    """The body of Text Embeddings Inference. There a list of two texts is a pair, and a batch is a list of lists."""
+
+    inputs: Annotated[
+        Annotated[Text, Tag(ONE_TEXT)] | Annotated[list[Text] | list[list[Text]], Tag(MANY)],
+        Discriminator(
+            kind_of,
+            custom_error_type="inputs_type",
+            custom_error_message="expected a text, a list of one or two texts, or a list of such lists",
+        ),
+    ]
+    truncate: bool | None = Field(default=None, description="Cut what is too long; null is the server's default.")
+    truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
+    raw_scores: bool = Field(default=False, description="Logits in the place of scores.")
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"inputs": "a gripping film"}]})
+
+    @property
+    def many(self) -> bool:
+        """Whether the answer is a list of lists."""
+        return not isinstance(self.inputs, str) and any(isinstance(each, list) for each in self.inputs)
+
+    def classify(self) -> ClassifyRequest:
+        """The same in the words of /classify. Raises ValueError where an input is not one text or two."""
+        inputs = [self.inputs] if isinstance(self.inputs, str) else self.inputs
+        lists = [each for each in inputs if isinstance(each, list)]
+        if not self.many:
+            lists = [[each for each in inputs if isinstance(each, str)]]
+        items: list[str | TextPair] = []
+        for i, texts in enumerate(lists):
+            if not 1 <= len(texts) <= 2:
+                raise ValueError(f"inputs[{i}] has {len(texts)} texts; one text or a pair is expected")
+            items.append(TextPair(text=texts[0], text_pair=texts[1]) if len(texts) == 2 else texts[0])
+        cut = self.truncation_direction.lower() if self.truncate else None if self.truncate is None else "error"
+        parameters = {"truncation": cut, "function_to_apply": "none" if self.raw_scores else "default"}
+        return ClassifyRequest(inputs=list(items), parameters=ClassifyParameters.model_validate(parameters))
+
+
 class LabelScore(BaseModel):
     label: str
     score: float

@@ -16,7 +16,16 @@ from service.engine import Timings
 from service.errors import Invalid, Malformed, TooLong
 from service.metrics import Answered
 from service.model import Logits, OnnxModel
-from service.schemas import Answer, ClassifyRequest, ErrorBody, LabelScore, QaRequest, Question, TextPair
+from service.schemas import (
+    Answer,
+    ClassifyRequest,
+    ErrorBody,
+    LabelScore,
+    PredictRequest,
+    QaRequest,
+    Question,
+    TextPair,
+)
 from service.state import service_of
 from service.tokenizer import Row
 from service.workers import timed
@@ -35,6 +44,16 @@ async def classify_default(request: Request, body: ClassifyRequest) -> Response:
 @tasks.post("/variants/{variant}/classify", response_model=list[list[LabelScore]], summary="Classify with one variant")
 async def classify_variant(variant: str, request: Request, body: ClassifyRequest) -> Response:
     return await run_classify(request, body, one_variant(variant, body.parameters.variant))
+
+
+@tasks.post("/predict", response_model=list[LabelScore] | list[list[LabelScore]], summary="Classify, as in TEI")
+async def predict(request: Request, body: PredictRequest) -> Response:
+    """For clients of Text Embeddings Inference: a flat list for one input, a list of lists for a batch."""
+    try:
+        wanted = body.classify()
+    except ValueError as error:
+        raise Invalid(f"{error}.") from None
+    return await run_classify(request, wanted, None, flat=not body.many)
 
 
 @tasks.post("/qa", response_model=Answer | list[Answer] | list[list[Answer]], summary="Answer questions from a context")
@@ -58,7 +77,7 @@ def one_variant(path: str, parameter: str | None) -> str:
     return path
 
 
-async def run_classify(request: Request, body: ClassifyRequest, variant: str | None) -> Response:
+async def run_classify(request: Request, body: ClassifyRequest, variant: str | None, flat: bool = False) -> Response:
     service, items, parameters = service_of(request), body.items(), body.parameters
     model = choose(request, "classify", variant, len(items))
     truncation = parameters.truncation or service.settings.truncation
@@ -78,7 +97,7 @@ async def run_classify(request: Request, body: ClassifyRequest, variant: str | N
     answers, timings.postprocess = timed(
         lambda: [classify.answer(logits, labels, function, parameters.top_k) for (logits,) in outputs]
     )
-    return reply(request, model, answers, timings, rows, cut)
+    return reply(request, model, answers[0] if flat else answers, timings, rows, cut)
 
 
 async def run_qa(request: Request, body: QaRequest, variant: str | None) -> Response:
