@@ -176,11 +176,15 @@ class Engine:
             self._thread.start()
         self._jobs.add(job)
         with self._changed:
-            if job.model not in self._queues:
-                self._queues[job.model] = JobQueue(self._max_batch_tokens)
-                self._turns.append(job.model)
-            self._queues[job.model].add(job)
+            self._queue(job.model).add(job)
             self._changed.notify()
+
+    def _queue(self, model: OnnxModel) -> JobQueue[Job]:
+        """The model's queue, made if there is none. The lock is held."""
+        if model not in self._queues:
+            self._queues[model] = JobQueue(self._max_batch_tokens)
+            self._turns.append(model)
+        return self._queues[model]
 
     def _fail(self, job: Job, error: BaseException) -> None:
         with self._changed:
@@ -226,7 +230,7 @@ class Engine:
                     queued = bool(job.waiting)
                     job.waiting += [row for other, row in batch.items if other is job]
                     if not queued:
-                        self._queues[batch.model].add(job)
+                        self._queue(batch.model).add(job)
             self._changed.notify()
 
     def warmed(self, seconds: float) -> None:

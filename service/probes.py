@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenizers
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client.exposition import choose_encoder
 
 from service import classify
@@ -32,7 +32,7 @@ async def readyz(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@probes.get("/metrics", summary="Prometheus metrics")
+@probes.get("/metrics", response_class=PlainTextResponse, summary="Prometheus metrics")
 async def metrics(request: Request) -> Response:
     service_of(request).observe_queue()
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

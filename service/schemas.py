@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from service.settings import Truncation
@@ -33,7 +33,10 @@ def kind_of(value: Any) -> str | None:
     return ONE_OBJECT if isinstance(value, dict | BaseModel) else None
 
 
-Text = Annotated[str, AfterValidator(real_text)]
+Text = Annotated[str, AfterValidator(real_text), WithJsonSchema({"type": "string", "minLength": 1, "pattern": r"\S"})]
+# For the document only: tasks.py refuses an empty batch with a status of its own.
+NOT_EMPTY = Field(json_schema_extra={"minItems": 1})
+ONE_OR_TWO = Field(json_schema_extra={"minItems": 1, "maxItems": 2})
 
 
 class Strict(BaseModel):
@@ -78,7 +81,7 @@ class ClassifyRequest(Strict):
     inputs: Annotated[
         Annotated[Text, Tag(ONE_TEXT)]
         | Annotated[TextPair, Tag(ONE_OBJECT)]
-        | Annotated[list[ClassifyInput], Tag(MANY)],
+        | Annotated[list[ClassifyInput], NOT_EMPTY, Tag(MANY)],
         Discriminator(
             kind_of,
             custom_error_type="inputs_type",
@@ -102,16 +105,20 @@ class PredictRequest(Strict):
     """The body of Text Embeddings Inference. There a list of two texts is a pair, and a batch is a list of lists."""
 
     inputs: Annotated[
-        Annotated[Text, Tag(ONE_TEXT)] | Annotated[list[Text] | list[list[Text]], Tag(MANY)],
+        Annotated[Text, Tag(ONE_TEXT)]
+        | Annotated[
+            Annotated[list[Text], ONE_OR_TWO] | Annotated[list[Annotated[list[Text], ONE_OR_TWO]], NOT_EMPTY],
+            Tag(MANY),
+        ],
         Discriminator(
             kind_of,
             custom_error_type="inputs_type",
             custom_error_message="expected a text, a list of one or two texts, or a list of such lists",
         ),
     ]
-    truncate: bool | None = Field(default=None, description="Cut what is too long; null is the server's default.")
+    truncate: bool | None = Field(default=None, strict=True, description="Cut what is too long; null: as /info says.")
     truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
-    raw_scores: bool = Field(default=False, description="Logits in the place of scores.")
+    raw_scores: bool = Field(default=False, strict=True, description="Logits in the place of scores.")
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"inputs": "a gripping film"}]})
 
@@ -185,7 +192,7 @@ class QaParameters(Strict):
 
 class QaRequest(Strict):
     inputs: Annotated[
-        Annotated[Question, Tag(ONE_OBJECT)] | Annotated[list[Question], Tag(MANY)],
+        Annotated[Question, Tag(ONE_OBJECT)] | Annotated[list[Question], NOT_EMPTY, Tag(MANY)],
         Discriminator(
             kind_of,
             custom_error_type="inputs_type",

@@ -26,6 +26,7 @@ from service.schemas import (
     Question,
     TextPair,
 )
+from service.settings import Variant
 from service.state import service_of
 from service.tokenizer import Row
 from service.workers import timed
@@ -42,7 +43,7 @@ async def classify_default(request: Request, body: ClassifyRequest) -> Response:
 
 
 @tasks.post("/variants/{variant}/classify", response_model=list[list[LabelScore]], summary="Classify with one variant")
-async def classify_variant(variant: str, request: Request, body: ClassifyRequest) -> Response:
+async def classify_variant(variant: Variant, request: Request, body: ClassifyRequest) -> Response:
     return await run_classify(request, body, one_variant(variant, body.parameters.variant))
 
 
@@ -67,7 +68,7 @@ async def qa_default(request: Request, body: QaRequest) -> Response:
     response_model=Answer | list[Answer] | list[list[Answer]],
     summary="Answer questions with one variant",
 )
-async def qa_variant(variant: str, request: Request, body: QaRequest) -> Response:
+async def qa_variant(variant: Variant, request: Request, body: QaRequest) -> Response:
     return await run_qa(request, body, one_variant(variant, body.parameters.variant))
 
 

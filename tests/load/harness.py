@@ -89,6 +89,11 @@ class Served:
             assert status == 0, self.log
 
 
+def resident_megabytes(pid: int | str) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1]) / 1000
+
+
 def cpu_seconds(pid: int) -> float:
     """What the processor has done for a process. Unlike a clock's time it bears a busy machine."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
