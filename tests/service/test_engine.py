@@ -279,6 +279,23 @@ def test_nobody_waits_at_the_door_for_long() -> None:
     asyncio.run(scenario())
 
 
+def test_the_speed_is_that_of_the_whole_service_under_load() -> None:
+    async def scenario() -> None:
+        admission = Admission(1, lambda: 1e9)
+        ticket = await admission.enter(5)
+        assert admission.tokens_per_second() == 1e9
+        for _ in range(20):
+            waiting = [asyncio.ensure_future(admission.enter(5)) for _ in range(4)]
+            for place in waiting:
+                await asyncio.sleep(0.01)
+                ticket.leave()
+                ticket = await place
+        # 5 tokens in 10 ms, or longer.
+        assert 10 < admission.tokens_per_second() < 600
+
+    asyncio.run(scenario())
+
+
 def test_retry_after_is_the_time_that_the_queue_takes() -> None:
     admission = Admission(1000, lambda: 100.0)
     Ticket(admission, 10).settle(900)
