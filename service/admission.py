@@ -32,15 +32,22 @@ REFUSALS_PER_SECOND = 200.0
 HOLD_SECONDS = 1.0
 
 
-class Admission:
-    """tokens_per_second: the speed measured last; 0 before there is any."""
+# Of what was measured before, how much counts after one more request.
+MEMORY = 0.98
 
-    def __init__(self, limit_tokens: int, tokens_per_second: Callable[[], float]) -> None:
+
+class Admission:
+    """inference_speed: tokens a second of the batches alone, the guess until the whole service's own is known."""
+
+    def __init__(self, limit_tokens: int, inference_speed: Callable[[], float]) -> None:
         self.limit_tokens = limit_tokens
         self.tokens = 0
         self.requests = 0
         self.entered = 0  # ever
-        self._tokens_per_second = tokens_per_second
+        self._inference_speed = inference_speed
+        # What left while others waited, so at full speed: tokens, the seconds it took, and when the last one left.
+        self._done_tokens = self._done_seconds = 0.0
+        self._last_left: float | None = None
         self._waiting: deque[tuple[int, asyncio.Future[Ticket]]] = deque()
         # Refused requests that have not come back yet: when they were told to, and their tokens.
         self._told: deque[tuple[float, int]] = deque()
@@ -92,6 +99,24 @@ class Admission:
         self._next_refusal = max(self._next_refusal, now - 1.0) + 1.0 / REFUSALS_PER_SECOND
         return min(max(0.0, self._next_refusal - now), HOLD_SECONDS)
 
+    def tokens_per_second(self) -> float:
+        """How fast requests get through when there are more than enough of them."""
+        return self._done_tokens / self._done_seconds if self._done_seconds > 0 else self._inference_speed()
+
+    def left(self, tokens: int) -> None:
+        """A request of so many tokens has gone."""
+        self.tokens -= tokens
+        self.requests -= 1
+        if self._waiting:
+            now = time.monotonic()
+            if self._last_left is not None:
+                self._done_tokens = MEMORY * self._done_tokens + tokens
+                self._done_seconds = MEMORY * self._done_seconds + now - self._last_left
+            self._last_left = now
+        else:
+            self._last_left = None
+        self.changed()
+
     def changed(self) -> None:
         """Let in who waits and fits, in order."""
         while self._waiting and self._fits(self._waiting[0][0]):
@@ -115,7 +140,7 @@ class Admission:
         while self._told and self._told[0][0] <= now:
             self._told_tokens -= self._told.popleft()[1]
         ahead = self.tokens + self._told_tokens
-        seconds = min(MAX_RETRY_SECONDS, max(1, math.ceil(ahead / max(self._tokens_per_second(), 1.0))))
+        seconds = min(MAX_RETRY_SECONDS, max(1, math.ceil(ahead / max(self.tokens_per_second(), 1.0))))
         self._told.append((now + seconds, tokens))
         self._told_tokens += tokens
         return seconds
@@ -136,9 +161,7 @@ class Ticket:
         self._admission.changed()
 
     def leave(self) -> None:
-        self._admission.tokens -= self._tokens
-        self._admission.requests -= 1
-        self._admission.changed()
+        self._admission.left(self._tokens)
 
     def __enter__(self) -> Ticket:
         return self

@@ -142,7 +142,7 @@ class Metrics:
         self._described: set[tuple[str, str]] = set()
         self.describe(models, threads, isa)
         for task in TASKS:
-            for outcome in ("invalid", "cancelled"):
+            for outcome in ("invalid", "overloaded", "cancelled"):
                 self._requests.labels(task, NO_VARIANT, outcome)
             self._tokens.labels(task)
             self._truncated.labels(task)

@@ -40,7 +40,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             log_config=None,
             access_log=False,
             server_header=False,
-            # With uvloop 8 clients got a tenth to a third fewer answers a second; one alone waited as long.
+            # With uvloop 8 clients got a tenth to a third fewer answers a second; one alone waited as long or longer.
             loop="asyncio",
             timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + MARGIN_SECONDS,
         )

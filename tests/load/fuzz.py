@@ -25,6 +25,7 @@ from harness import Served, ask
 PATHS = [
     *("/classify", "/qa", "/predict", "/variants/dense/classify", "/variants/dsformer/qa", "/variants/%00/qa"),
     *("/nope", "/", "/livez", "/metrics", "/v2/models/x", "/variants/" + "v" * 5000 + "/qa", "/%ff%fe", "/a//b", "*"),
+    "/compare",
 ]
 TASKS = PATHS[:5]
 METHODS = ["GET", "PUT", "HEAD", "OPTIONS", "DELETE", "BREW", "post", ""]
@@ -77,6 +78,8 @@ def near(draw: random.Random) -> object:
         names = ["top_k", "truncation", "variant", "doc_stride", "max_seq_len", "max_answer_len", "function_to_apply"]
         good = [1, 2, "right", "left", "dense", 16, 32, "sigmoid", "none", value(draw)]
         body["parameters"] = {name: draw.choice(good) for name in draw.sample(names, draw.randrange(4))}
+    if draw.random() < 0.1:
+        body["task"] = draw.choice(["classify", "qa", value(draw)])
     return body
 
 

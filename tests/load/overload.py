@@ -4,8 +4,8 @@
 
 The calm speed is that of as many clients as the limit lets in: one where it is 1 to 8 tokens, for then a request is
 over the limit unless it is alone, and 8 where it is a usual one. A polite client that is refused comes back no sooner
-than Retry-After says; a rude one comes back at once. The first second of a round, in which all clients connect, is not
-counted. The clients run on the same processors as the service; what they take of them is printed.
+than Retry-After says; a rude one comes back at once. Goodput is measured once all have connected and the first
+wave of refusals is over. The clients run on the same processors as the service; what they take of them is printed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ BODIES = [encode("/classify", {"inputs": [TEXT] * count if count > 1 else TEXT},
 ALLOWED = {200, 429, 504}
 CALM_CLIENTS = 8
 USUAL_LIMIT = 4096
-SETTLE_SECONDS = 1.0
+SETTLE_SECONDS = 4.0
 
 
 @dataclass
 class Seen:
-    """What all clients of a run were told: statuses of single and of batch requests, and the texts answered."""
+    """What all clients of a run were told: statuses of single and of batch requests. Once all had settled: the texts
+    answered, and the processor time that the service and the clients took."""
 
     statuses: tuple[collections.Counter[int], ...] = field(
         default_factory=lambda: (collections.Counter(), collections.Counter())
     )
     texts: int = 0
+    service: float = 0.0  # processor seconds
+    clients: float = 0.0
     done: bool = False
 
 
@@ -44,25 +47,42 @@ class Client(asyncio.Protocol):
     """Asks one request after another over one connection. Reads no more of an answer than it must: the clients of a
     load test live on the processors that the service needs."""
 
-    def __init__(self, number: int, polite: bool, seen: Seen) -> None:
+    def __init__(self, port: int, number: int, polite: bool, seen: Seen) -> None:
+        self._port = port
         self._kind = number % 2
         self._polite = polite
         self._seen = seen
         self._received = b""
-        self._ask: asyncio.TimerHandle | None = None
-        self.lost = asyncio.get_running_loop().create_future()
+        self._waits = False  # for an answer
+        self._later: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+
+    def ask(self) -> None:
+        """Over the old connection, or a new one where the service has closed it meanwhile."""
+        if self._transport is None:
+            loop = asyncio.get_running_loop()
+            self._connecting = loop.create_task(loop.create_connection(lambda: self, "127.0.0.1", self._port))
+        elif not self._seen.done:
+            self._waits = True
+            self._transport.write(BODIES[self._kind])
+
+    def close(self) -> None:
+        if self._later:
+            self._later.cancel()
+        if self._transport:
+            self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.write(BODIES[self._kind])
+        self._transport = transport
+        self.ask()
 
     def data_received(self, data: bytes) -> None:
         self._received += data
         head, found, body = self._received.partition(b"\r\n\r\n")
         if not found or len(body) < int(header(head, b"content-length")):
             return
-        self._received = b""
+        self._received, self._waits = b"", False
         status = int(head[9:12])
         seen = self._seen
         if seen.done:
@@ -74,19 +94,15 @@ class Client(asyncio.Protocol):
         elif status == 429 and self._polite:
             # Not all in step, and none too early.
             pause = int(header(head, b"retry-after")) * random.uniform(1.0, 1.5)
-        if b"connection: close" in head.lower():
-            self.transport.close()
-        elif pause:
-            self._ask = asyncio.get_running_loop().call_later(pause, self.transport.write, BODIES[self._kind])
+        if pause:
+            self._later = asyncio.get_running_loop().call_later(pause, self.ask)
         else:
-            self.transport.write(BODIES[self._kind])
+            self.ask()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._ask:
-            self._ask.cancel()
-        if not self._seen.done:
+        self._transport = None
+        if self._waits and not self._seen.done:
             self._seen.statuses[self._kind][-1] += 1
-        self.lost.set_result(None)
 
 
 def header(head: bytes, name: bytes) -> bytes:
@@ -95,22 +111,21 @@ def header(head: bytes, name: bytes) -> bytes:
     return head[at : head.find(b"\r\n", at) if head.find(b"\r\n", at) > 0 else None].strip()
 
 
-async def press(port: int, clients: int, seconds: float, polite: bool = True) -> Seen:
+async def press(port: int, pid: int, clients: int, seconds: float, polite: bool, settle: float) -> Seen:
     """All clients at once, for so long."""
-    loop, seen = asyncio.get_running_loop(), Seen()
-    made = []
-    for number in range(clients):
-        _, client = await loop.create_connection(lambda number=number: Client(number, polite, seen), "127.0.0.1", port)
-        made.append(client)
-    await asyncio.sleep(SETTLE_SECONDS)
-    for count in seen.statuses:
-        count.clear()
+    seen = Seen()
+    made = [Client(port, number, polite, seen) for number in range(clients)]
+    for client in made:
+        client.ask()
+    await asyncio.sleep(settle)
+    before = cpu_seconds(pid), time.process_time()
     seen.texts = 0
     await asyncio.sleep(seconds)
     seen.done = True
+    seen.service, seen.clients = cpu_seconds(pid) - before[0], time.process_time() - before[1]
     for client in made:
-        client.transport.close()
-    await asyncio.gather(*(client.lost for client in made))
+        client.close()
+    await asyncio.sleep(0.1)
     return seen
 
 
@@ -123,7 +138,15 @@ class Share:
     clients: float = 0.0
 
 
-def check(models: Path, limit: int, clients: int, seconds: float, polite: bool = True, rounds: int = 1) -> float:
+def check(
+    models: Path,
+    limit: int,
+    clients: int,
+    seconds: float,
+    polite: bool = True,
+    rounds: int = 1,
+    settle: float = SETTLE_SECONDS,
+) -> float:
     """Goodput under overload, as a share of the calm one. They take turns, so that both see the same machine."""
     calm_clients = 1 if limit <= 8 else CALM_CLIENTS
     calm, busy = Share(), Share()
@@ -131,10 +154,9 @@ def check(models: Path, limit: int, clients: int, seconds: float, polite: bool =
     with Served(models, max_queue_tokens=limit) as service:
 
         def run(count: int, share: Share) -> Seen:
-            spent, own = cpu_seconds(service.process.pid), time.process_time()
-            seen = asyncio.run(press(service.port, count, seconds, polite))
-            share.service += cpu_seconds(service.process.pid) - spent
-            share.clients += time.process_time() - own
+            seen = asyncio.run(press(service.port, service.process.pid, count, seconds, polite, settle))
+            share.service += seen.service
+            share.clients += seen.clients
             share.texts += seen.texts
             return seen
 

@@ -163,7 +163,7 @@ def test_what_comes_while_a_batch_runs_is_the_next_batch() -> None:
         waiting = []
         for i in range(9):
             waiting.append(asyncio.create_task(tested.infer(model, [row(i, 10)])))
-            await asyncio.sleep(0.02)
+            await asyncio.to_thread(model.begun.wait, 10)
         assert tested.queued(model) == (8, 80)
         model.go.set()
         await asyncio.gather(*waiting)
@@ -301,6 +301,23 @@ def test_nobody_waits_at_the_door_for_long() -> None:
         cancelled.cancel()  # at the very moment that it was let in
         await asyncio.gather(cancelled, return_exceptions=True)
         assert (admission.tokens, admission.requests) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_the_speed_is_that_of_the_whole_service_under_load() -> None:
+    async def scenario() -> None:
+        admission = Admission(1, lambda: 1e9)
+        ticket = await admission.enter(5)
+        assert admission.tokens_per_second() == 1e9
+        for _ in range(20):
+            waiting = [asyncio.ensure_future(admission.enter(5)) for _ in range(4)]
+            for place in waiting:
+                await asyncio.sleep(0.01)
+                ticket.leave()
+                ticket = await place
+        # 5 tokens in 10 ms, or longer.
+        assert 10 < admission.tokens_per_second() < 600
 
     asyncio.run(scenario())
 

@@ -63,11 +63,11 @@ def test_ten_thousand_requests_at_once_get_their_own_answers(models: Path) -> No
 
 @pytest.mark.parametrize("limit", [1, 8])
 def test_overload_is_refused_politely(models: Path, limit: int) -> None:
-    overload.check(models / "tiny-classify-dsformer", limit, clients=60, seconds=1.0)
+    overload.check(models / "tiny-classify-dsformer", limit, clients=60, seconds=0.5, settle=0.5)
 
 
 def test_who_comes_back_at_once_is_refused_as_well(models: Path) -> None:
-    overload.check(models / "tiny-classify-dsformer", 1, clients=60, seconds=1.0, polite=False)
+    overload.check(models / "tiny-classify-dsformer", 1, clients=60, seconds=0.5, polite=False, settle=0.5)
 
 
 @pytest.mark.slow
