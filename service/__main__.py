@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if examine:
         sys.exit(0 if doctor.report(settings) else EXIT_START)
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     # The tokenizers library would otherwise start one thread for each CPU of the host.
     os.environ.setdefault("RAYON_NUM_THREADS", str(settings.threads))
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -2,11 +2,13 @@
 
     POST /classify /qa                      the default variant, or parameters.variant
     POST /variants/{variant}/classify|qa    the variant in the path
+    POST /predict                           /classify in the words of Text Embeddings Inference
     POST /compare                           every variant on the same input
     GET  /                                  the page for people
     GET  /livez /readyz /health /info /metrics /docs
+    GET  /v2...                             health and metadata by the Open Inference Protocol
 
-A request's way: edge.py (id, size) -> schemas.py -> tasks.py -> admission.py -> classify.py or qa.py (tokenize) ->
+A request's way: edge.py (id, size) -> admission.py -> schemas.py -> tasks.py -> classify.py or qa.py (tokenize) ->
 engine.py (batching.py, model.py) -> classify.py or qa.py (decode) -> the answer with its timings. Inference never runs
 on the event loop.
 """
@@ -18,26 +20,27 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 import kernels
-from service import errors, keys, lifecycle, registry
+from service import errors, keys, lifecycle, registry, tracing
 from service.admission import Admission
 from service.compare import comparisons
 from service.compare_metrics import CompareMetrics
-from service.edge import Observed, log_failure
+from service.edge import BodyRoute, Observed, failure, log_failure
 from service.engine import Engine
 from service.errors import MethodNotAllowed, NotFound, NotReady, ServiceError, StartError
 from service.lane import Lane
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics, version
+from service.oip import oip
 from service.page import page
 from service.probes import probes
 from service.registry import Registry
+from service.reload import Reloader
 from service.settings import Settings
 from service.state import Service
 from service.tasks import ERRORS, tasks
@@ -54,7 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
     isa = chosen_isa(models)
     metrics = Metrics(models, settings.threads, isa.name, settings.max_queue_tokens)
     engine = Engine(settings.max_batch_tokens, metrics.batch, settings.stall_seconds)
-    admission = Admission(settings.max_queue_tokens)
+    admission = Admission(settings.max_queue_tokens, lambda: engine.tokens_per_second)
     lane = Lane(admission)
     service = Service(
         settings=settings,
@@ -78,16 +81,21 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
+    service.reloader = Reloader(service, lambda models: take_over(service, models))
     app.state.service = service
     app.include_router(tasks)
     app.include_router(comparisons)
     app.include_router(page)
     app.include_router(probes)
-    app.add_middleware(Observed, service=service)
+    app.include_router(oip)
+    app.add_middleware(Observed, service=service, routes=tasks.routes)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    for path in ("/classify", "/qa", "/variants/{variant}/classify", "/variants/{variant}/qa", "/compare"):
-        service.metrics.expect(path, "POST", (200, *ERRORS))
+    for route in (*tasks.routes, *comparisons.routes):
+        assert isinstance(route, BodyRoute)
+        service.metrics.expect(route.path, "POST", (200, *ERRORS))
+    if settings.traces:
+        service.closing.append(tracing.instrument(app))
     log.info(
         "service configured",
         extra=settings.model_dump(mode="json") | {"isa": isa.name or "-", "isa_reason": isa.reason},
@@ -104,12 +112,19 @@ def chosen_isa(models: Registry) -> kernels.Isa:
         raise StartError(f"The custom op cannot choose its instruction set: {error}") from error
 
 
+def take_over(service: Service, models: Registry) -> None:
+    """All that is told of the models, told of those that have just replaced them."""
+    service.isa = chosen_isa(models)
+    service.metrics.describe(models, service.settings.threads, service.isa.name)
+    service.compare_metrics.describe(models)
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Warm up while the probes already answer."""
     service: Service = app.state.service
     background = [
-        asyncio.create_task(get_ready(service)),
+        asyncio.create_task(live(service)),
         asyncio.create_task(service.lifecycle.watch(lambda: service.end())),
     ]
     yield
@@ -118,6 +133,15 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     service.workers.close()
     service.lane.close()
     service.engine.close()
+    for close in service.closing:
+        close()
+
+
+async def live(service: Service) -> None:
+    """Get ready, then look out for new models."""
+    await get_ready(service)
+    if service.lifecycle.ready:
+        await service.reloader.watch()
 
 
 async def get_ready(service: Service) -> None:
@@ -127,7 +151,7 @@ async def get_ready(service: Service) -> None:
         for model in service.models:
             await lifecycle.warm_up(service.engine, model, service.settings.max_batch_tokens)
             error = await lifecycle.self_test(service.engine, model)
-            service.metrics.ready(model, error)
+            service.metrics.tested(model, error)
             log.info(
                 "model tested",
                 extra={
@@ -154,9 +178,7 @@ async def get_ready(service: Service) -> None:
 
 async def on_service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        log_failure(error, request.state.request_id)
-    return errors.response(error, request.state.request_id)
+    return failure(error, request.state.request_id)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

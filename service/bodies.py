@@ -20,9 +20,8 @@ def check_media_type(request: Request) -> None:
         raise UnsupportedMedia("Send the body as JSON, with the header Content-Type: application/json.")
 
 
-async def read(request: Request, cap: int) -> bytes:
-    """The body, decompressed; PayloadTooLarge where it has more than `cap` bytes before or after that."""
-    content = await read_raw(request, cap)
+def plain(request: Request, content: bytes, cap: int) -> bytes:
+    """The body decompressed; PayloadTooLarge where it then has more than `cap` bytes."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", ""):
         content = decompress(content, encoding, cap)
@@ -32,6 +31,7 @@ async def read(request: Request, cap: int) -> bytes:
 
 
 async def read_raw(request: Request, cap: int) -> bytes:
+    """The body as it was sent; PayloadTooLarge where it has more than `cap` bytes."""
     too_large = PayloadTooLarge(f"The body is larger than {cap} bytes, the most this service takes.")
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdecimal() else 0

@@ -23,14 +23,14 @@ from fastapi.responses import JSONResponse, Response
 
 from service import classify, qa
 from service.compare_metrics import baseline_of
-from service.edge import BodyRoute, outcome_of
+from service.edge import BodyRoute, Handler, outcome_of, patience
 from service.engine import Timings
 from service.errors import ClientGone, DeadlineExceeded, TaskUnavailable
 from service.metrics import STAGES
 from service.model import Logits, OnnxModel
 from service.schemas import ClassifyComparison, CompareRequest, Comparison, FunctionName, QaComparison, SpeedUp
 from service.state import Service, service_of
-from service.tasks import ERRORS, check_lengths, disconnected, patience
+from service.tasks import ERRORS, check_lengths, disconnected
 from service.tokenizer import Row
 
 CONFIDENCE = 0.95
@@ -42,11 +42,17 @@ Body = ClassifyComparison | QaComparison
 
 
 class CompareRoute(BodyRoute):
-    def begin(self, request: Request) -> None:
-        metrics = service_of(request).compare_metrics
-        request.state.count = lambda status: metrics.request(
-            getattr(request.state, "compared_task", None), outcome_of(status)
-        )
+    """Not a task's route: the lane admits, and what comes of a request is counted apart."""
+
+    def get_route_handler(self) -> Handler:
+        handle = super().get_route_handler()
+
+        async def counted(request: Request) -> Response:
+            state, metrics = request.state, service_of(request).compare_metrics
+            state.count = lambda status: metrics.request(getattr(state, "compared_task", None), outcome_of(status))
+            return await handle(request)
+
+        return counted
 
 
 comparisons = APIRouter(route_class=CompareRoute, responses=ERRORS, tags=["tasks"])  # type: ignore[arg-type]

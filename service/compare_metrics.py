@@ -50,6 +50,10 @@ class CompareMetrics:
         for outcome in OUTCOMES:
             for task in (*TASKS, NO_VARIANT):
                 self._requests.labels(task, outcome)
+        self.describe(models)
+
+    def describe(self, models: Registry) -> None:
+        """Let every label set that these models can have exist."""
         for task in TASKS:
             variants = models.of_task(task)
             for variant in variants:

@@ -186,14 +186,15 @@ class Engine:
             self._thread.start()
         self._jobs.add(job)
         with self._changed:
-            if job.low_priority:
-                self._low.add(job)
-            else:
-                if job.model not in self._queues:
-                    self._queues[job.model] = JobQueue(self._max_batch_tokens)
-                    self._turns.append(job.model)
-                self._queues[job.model].add(job)
+            (self._low if job.low_priority else self._queue(job.model)).add(job)
             self._changed.notify()
+
+    def _queue(self, model: OnnxModel) -> JobQueue[Job]:
+        """The model's queue, made if there is none. The lock is held."""
+        if model not in self._queues:
+            self._queues[model] = JobQueue(self._max_batch_tokens)
+            self._turns.append(model)
+        return self._queues[model]
 
     def _fail(self, job: Job, error: BaseException) -> None:
         with self._changed:
@@ -241,7 +242,7 @@ class Engine:
                     queued = bool(job.waiting)
                     job.waiting += [row for other, row in batch.items if other is job]
                     if not queued:
-                        self._queues[batch.model].add(job)
+                        self._queue(batch.model).add(job)
             self._changed.notify()
 
     def warmed(self, seconds: float) -> None:
@@ -278,11 +279,15 @@ class Engine:
                 self._loop.call_soon_threadsafe(self._deliver, batch, outputs, failure)
             except RuntimeError:
                 return  # the event loop has ended, and nobody waits any more
+            # While this thread waits, it must not keep a model in memory that has been replaced.
+            del model, items, batch, outputs
 
     def _take(self) -> list[tuple[Job, int]]:
         for _ in range(len(self._turns)):
-            model = self._turns[0]
-            self._turns.rotate(-1)
+            # A queue lasts from a job to the next moment without one, so that no model is kept that nobody asks for.
+            model = self._turns.popleft()
             if items := self._queues[model].take():
+                self._turns.append(model)
                 return items
+            del self._queues[model]
         return self._low.take()

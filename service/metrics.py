@@ -27,6 +27,7 @@ WINDOWS = tuple(float(2**k) for k in range(0, 11))
 
 STAGES = ("tokenize", "queue", "infer", "postprocess")
 OUTCOMES = ("ok", "invalid", "overloaded", "deadline", "cancelled", "not_ready", "error")
+RELOADS = ("loaded", "unchanged", "folder_refused", "self_test_failed", "error")
 PADDING = ("real", "padding")
 # The variant of a request that was refused before it was known which one it asks for.
 NO_VARIANT = "none"
@@ -122,11 +123,26 @@ class Metrics:
         Gauge(
             "dsformer_queue_limit_tokens", "Most tokens of the requests in flight; above it 429.", registry=registry
         ).set(max_queue_tokens)
-        self._describe(models, threads, isa)
+        self._info = Gauge(
+            "dsformer_model_info",
+            "1; the labels say which model answers.",
+            [*which, "folder", "preset", "precision", "base_model", "sha256", "runtime", "threads", "isa"],
+            registry=registry,
+        )
+        self._size = Gauge("dsformer_model_file_bytes", "Size of model.onnx.", which, registry=registry)
+        self._load = Gauge("dsformer_model_load_seconds", "Time to open the model.", which, registry=registry)
+        Gauge("dsformer_build_info", "1; versions of the service.", ["version", "python"], registry=registry).labels(
+            version(), platform.python_version()
+        ).set(1)
+        self._reloads = Counter(
+            "dsformer_reloads", "Reloads of the model folders, by what came of them.", ["result"], registry=registry
+        )
+        for result in RELOADS:
+            self._reloads.labels(result)
+        self._described: set[tuple[str, str]] = set()
+        self.describe(models, threads, isa)
         for task in TASKS:
-            for variant in models.of_task(task):
-                self._init(task, variant)
-            for outcome in ("invalid", "cancelled"):
+            for outcome in ("invalid", "overloaded", "cancelled"):
                 self._requests.labels(task, NO_VARIANT, outcome)
             self._tokens.labels(task)
             self._truncated.labels(task)
@@ -149,7 +165,11 @@ class Metrics:
     def response(self, route: str, method: str, code: int) -> None:
         self._child(self._responses, route, method, str(code)).inc()
 
-    def ready(self, model: OnnxModel, selftest_error: float) -> None:
+    def reloaded(self, result: str) -> None:
+        self._reloads.labels(result).inc()
+
+    def tested(self, model: OnnxModel, selftest_error: float) -> None:
+        """The model is warm and has passed its self-test."""
         which = model.artifact.task, model.artifact.variant
         self._ready.labels(*which).set(1)
         self._selftest.labels(*which).set(selftest_error)
@@ -198,24 +218,18 @@ class Metrics:
         self._queue_items.labels(task, variant)
         self._queue_tokens.labels(task, variant)
 
-    def _describe(self, models: Registry, threads: int, isa: str) -> None:
-        """What is loaded, as constants."""
-        which = ["task", "variant"]
-        info = Gauge(
-            "dsformer_model_info",
-            "1; the labels say which model answers.",
-            [*which, "folder", "preset", "precision", "base_model", "sha256", "runtime", "threads", "isa"],
-            registry=self.registry,
-        )
-        size = Gauge("dsformer_model_file_bytes", "Size of model.onnx.", which, registry=self.registry)
-        load = Gauge("dsformer_model_load_seconds", "Time to open the model.", which, registry=self.registry)
-        build = Gauge(
-            "dsformer_build_info", "1; versions of the service.", ["version", "python"], registry=self.registry
-        )
-        build.labels(version(), platform.python_version()).set(1)
+    def describe(self, models: Registry, threads: int, isa: str) -> None:
+        """What is loaded, as constants. Models that have gone leave no sample behind."""
+        for gauge in (self._info, self._size, self._load):
+            gauge.clear()
+        for task, variant in self._described - {(m.artifact.task, m.artifact.variant) for m in models}:
+            for gauge in (self._ready, self._selftest, self._queue_items, self._queue_tokens):
+                gauge.remove(task, variant)
         for model in models:
             a, section = model.artifact, model.artifact.config.dsformer
-            info.labels(
+            if (a.task, a.variant) not in self._described:
+                self._init(a.task, a.variant)
+            self._info.labels(
                 a.task,
                 a.variant,
                 a.name,
@@ -227,5 +241,6 @@ class Metrics:
                 str(threads),
                 isa if a.variant == "dsformer" else "",
             ).set(1)
-            size.labels(a.task, a.variant).set(model.file_bytes)
-            load.labels(a.task, a.variant).set(model.load_seconds)
+            self._size.labels(a.task, a.variant).set(model.file_bytes)
+            self._load.labels(a.task, a.variant).set(model.load_seconds)
+        self._described = {(m.artifact.task, m.artifact.variant) for m in models}

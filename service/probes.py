@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tokenizers
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client.exposition import choose_encoder
 
 from service import classify
@@ -32,7 +32,7 @@ async def readyz(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@probes.get("/metrics", summary="Prometheus metrics")
+@probes.get("/metrics", response_class=PlainTextResponse, summary="Prometheus metrics")
 async def metrics(
     request: Request,
     name: Annotated[list[str] | None, Query(alias="name[]", description="Only series of these names.")] = None,
@@ -71,6 +71,7 @@ async def info(request: Request) -> dict[str, Any]:
             "isa_reason": service.isa.reason,
         },
         "ready": service.lifecycle.ready,
+        "last_reload": service.reloader.info(),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from service import artifact
 from service.artifact import Task
@@ -51,8 +51,11 @@ class Registry:
         return loaded[0]
 
 
-def load(settings: Settings) -> Registry:
-    """Check and open every model folder; the first broken one stops the start."""
+def load(settings: Settings, loaded: Iterable[OnnxModel] = ()) -> Registry:
+    """Check and open every model folder; the first broken one stops the start.
+
+    A folder that is still what one of the `loaded` models was made of is not opened again.
+    """
     artifacts = [artifact.read(path) for path in artifact.find_folders(settings.models)]
     seen: dict[tuple[str, str], artifact.Artifact] = {}
     for found in artifacts:
@@ -67,7 +70,12 @@ def load(settings: Settings) -> Registry:
                 f"Model folder {found.path} takes {found.config.max_length} tokens, more than "
                 f"max_batch_tokens {settings.max_batch_tokens}: raise --max-batch-tokens."
             )
-    return Registry([open_model(found, settings.threads) for found in artifacts], settings.default_variant)
+    known = [(model.artifact, model) for model in loaded]
+    models = [
+        next((model for old, model in known if old == found), None) or open_model(found, settings.threads)
+        for found in artifacts
+    ]
+    return Registry(models, settings.default_variant)
 
 
 def open_model(found: artifact.Artifact, threads: int) -> OnnxModel:

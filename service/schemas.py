@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from service.settings import Truncation
@@ -34,7 +34,10 @@ def kind_of(value: Any) -> str | None:
     return ONE_OBJECT if isinstance(value, dict | BaseModel) else None
 
 
-Text = Annotated[str, AfterValidator(real_text)]
+Text = Annotated[str, AfterValidator(real_text), WithJsonSchema({"type": "string", "minLength": 1, "pattern": r"\S"})]
+# For the document only: tasks.py refuses an empty batch with a status of its own.
+NOT_EMPTY = Field(json_schema_extra={"minItems": 1})
+ONE_OR_TWO = Field(json_schema_extra={"minItems": 1, "maxItems": 2})
 
 
 class Strict(BaseModel):
@@ -79,7 +82,7 @@ class ClassifyRequest(Strict):
     inputs: Annotated[
         Annotated[Text, Tag(ONE_TEXT)]
         | Annotated[TextPair, Tag(ONE_OBJECT)]
-        | Annotated[list[ClassifyInput], Tag(MANY)],
+        | Annotated[list[ClassifyInput], NOT_EMPTY, Tag(MANY)],
         Discriminator(
             kind_of,
             custom_error_type="inputs_type",
@@ -97,6 +100,48 @@ class ClassifyRequest(Strict):
     def items(self) -> list[TextPair]:
         items = self.inputs if isinstance(self.inputs, list) else [self.inputs]
         return [TextPair(text=item) if isinstance(item, str) else item for item in items]
+
+
+class PredictRequest(Strict):
+    """The body of Text Embeddings Inference. There a list of two texts is a pair, and a batch is a list of lists."""
+
+    inputs: Annotated[
+        Annotated[Text, Tag(ONE_TEXT)]
+        | Annotated[
+            Annotated[list[Text], ONE_OR_TWO] | Annotated[list[Annotated[list[Text], ONE_OR_TWO]], NOT_EMPTY],
+            Tag(MANY),
+        ],
+        Discriminator(
+            kind_of,
+            custom_error_type="inputs_type",
+            custom_error_message="expected a text, a list of one or two texts, or a list of such lists",
+        ),
+    ]
+    truncate: bool | None = Field(default=None, strict=True, description="Cut what is too long; null: as /info says.")
+    truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
+    raw_scores: bool = Field(default=False, strict=True, description="Logits in the place of scores.")
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"inputs": "a gripping film"}]})
+
+    @property
+    def many(self) -> bool:
+        """Whether the answer is a list of lists."""
+        return not isinstance(self.inputs, str) and any(isinstance(each, list) for each in self.inputs)
+
+    def classify(self) -> ClassifyRequest:
+        """The same in the words of /classify. Raises ValueError where an input is not one text or two."""
+        inputs = [self.inputs] if isinstance(self.inputs, str) else self.inputs
+        lists = [each for each in inputs if isinstance(each, list)]
+        if not self.many:
+            lists = [[each for each in inputs if isinstance(each, str)]]
+        items: list[str | TextPair] = []
+        for i, texts in enumerate(lists):
+            if not 1 <= len(texts) <= 2:
+                raise ValueError(f"inputs[{i}] has {len(texts)} texts; one text or a pair is expected")
+            items.append(TextPair(text=texts[0], text_pair=texts[1]) if len(texts) == 2 else texts[0])
+        cut = self.truncation_direction.lower() if self.truncate else None if self.truncate is None else "error"
+        parameters = {"truncation": cut, "function_to_apply": "none" if self.raw_scores else "default"}
+        return ClassifyRequest(inputs=list(items), parameters=ClassifyParameters.model_validate(parameters))
 
 
 class LabelScore(BaseModel):
@@ -148,7 +193,7 @@ class QaParameters(Strict):
 
 class QaRequest(Strict):
     inputs: Annotated[
-        Annotated[Question, Tag(ONE_OBJECT)] | Annotated[list[Question], Tag(MANY)],
+        Annotated[Question, Tag(ONE_OBJECT)] | Annotated[list[Question], NOT_EMPTY, Tag(MANY)],
         Discriminator(
             kind_of,
             custom_error_type="inputs_type",

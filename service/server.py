@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -39,7 +40,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             log_config=None,
             access_log=False,
             server_header=False,
-            # With uvloop 8 clients got a tenth to a third fewer answers a second; one alone waited as long.
+            # With uvloop 8 clients got a tenth to a third fewer answers a second; one alone waited as long or longer.
             loop="asyncio",
             timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + MARGIN_SECONDS,
         )
@@ -50,6 +51,8 @@ class Server(uvicorn.Server):  # type: ignore[misc]
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._service.end = self._end
+        with contextlib.suppress(AttributeError, RuntimeError):  # not everywhere, not in every thread
+            self._loop.add_signal_handler(signal.SIGHUP, self._service.reloader.ask)
         await super().serve(sockets)
         if self._drain_task:
             self._drain_task.cancel()

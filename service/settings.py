@@ -127,6 +127,12 @@ class Settings(BaseSettings):
     hang_seconds: float = Field(
         default=30.0, gt=0, description="An inference that takes longer than this ends the process with status 4."
     )
+    reload_seconds: float = Field(
+        default=2.0,
+        ge=0,
+        description="How often to look whether a model folder has changed; new models are loaded beside the old ones, "
+        "tested, and take over. 0: only on SIGHUP.",
+    )
     api_key: SecretStr | None = Field(
         default=None,
         description="Key that requests must send as Authorization: Bearer KEY; probes and /metrics stay open. Better "
@@ -135,6 +141,15 @@ class Settings(BaseSettings):
     api_key_file: Path | None = Field(default=None, description="File with more such keys, one in a line.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe log line that is written."
+    )
+
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, key=value, or one JSON object each for machines."
+    )
+    traces: bool = Field(
+        default=False,
+        description="Send OpenTelemetry traces, without any text of a user, to where the variables OTEL_* say. Needs "
+        "the extra otel.",
     )
 
     @model_validator(mode="after")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -18,6 +19,9 @@ from service.metrics import Metrics
 from service.registry import Registry
 from service.settings import Settings
 from service.workers import Workers
+
+if TYPE_CHECKING:
+    from service.reload import Reloader
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Service:
     compare_metrics: CompareMetrics
     isa: kernels.Isa
     end: Callable[[], None] = lambda: None  # ends the process
+    reloader: Reloader = field(init=False)
+    closing: list[Callable[[], None]] = field(default_factory=list)  # called at the end
 
     def observe_queue(self) -> None:
         """Read the gauges anew; they are of use only when somebody looks."""

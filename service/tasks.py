@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +10,26 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from service import classify, qa
-from service.admission import Ticket, estimate
 from service.artifact import Task
-from service.edge import TaskRoute
+from service.edge import TaskRoute, patience
 from service.engine import Timings
 from service.errors import Invalid, Malformed, TooLong
 from service.metrics import Answered
 from service.model import Logits, OnnxModel
-from service.schemas import Answer, ClassifyRequest, ErrorBody, LabelScore, QaRequest, Question, TextPair
-from service.state import Service, service_of
+from service.schemas import (
+    Answer,
+    ClassifyRequest,
+    ErrorBody,
+    LabelScore,
+    PredictRequest,
+    QaRequest,
+    Question,
+    TextPair,
+)
+from service.settings import Variant
+from service.state import service_of
 from service.tokenizer import Row
 from service.workers import timed
-
-TIMEOUT_HEADER = "X-Request-Timeout"
 
 ERRORS = {code: {"model": ErrorBody} for code in (400, 401, 404, 405, 413, 415, 422, 424, 429, 500, 503, 504)}
 
@@ -37,8 +43,18 @@ async def classify_default(request: Request, body: ClassifyRequest) -> Response:
 
 
 @tasks.post("/variants/{variant}/classify", response_model=list[list[LabelScore]], summary="Classify with one variant")
-async def classify_variant(variant: str, request: Request, body: ClassifyRequest) -> Response:
+async def classify_variant(variant: Variant, request: Request, body: ClassifyRequest) -> Response:
     return await run_classify(request, body, one_variant(variant, body.parameters.variant))
+
+
+@tasks.post("/predict", response_model=list[LabelScore] | list[list[LabelScore]], summary="Classify, as in TEI")
+async def predict(request: Request, body: PredictRequest) -> Response:
+    """For clients of Text Embeddings Inference: a flat list for one input, a list of lists for a batch."""
+    try:
+        wanted = body.classify()
+    except ValueError as error:
+        raise Invalid(f"{error}.") from None
+    return await run_classify(request, wanted, None, flat=not body.many)
 
 
 @tasks.post("/qa", response_model=Answer | list[Answer] | list[list[Answer]], summary="Answer questions from a context")
@@ -52,7 +68,7 @@ async def qa_default(request: Request, body: QaRequest) -> Response:
     response_model=Answer | list[Answer] | list[list[Answer]],
     summary="Answer questions with one variant",
 )
-async def qa_variant(variant: str, request: Request, body: QaRequest) -> Response:
+async def qa_variant(variant: Variant, request: Request, body: QaRequest) -> Response:
     return await run_qa(request, body, one_variant(variant, body.parameters.variant))
 
 
@@ -62,28 +78,27 @@ def one_variant(path: str, parameter: str | None) -> str:
     return path
 
 
-async def run_classify(request: Request, body: ClassifyRequest, variant: str | None) -> Response:
+async def run_classify(request: Request, body: ClassifyRequest, variant: str | None, flat: bool = False) -> Response:
     service, items, parameters = service_of(request), body.items(), body.parameters
     model = choose(request, "classify", variant, len(items))
     truncation = parameters.truncation or service.settings.truncation
     timings = Timings()
     check_lengths(items, service.settings.max_text_chars)
-    texts = [text for item in items for text in (item.text, item.text_pair) if text is not None]
-    with admit(service, texts) as ticket:
-        (rows, cut), timings.tokenize = await service.workers.run(
-            lambda: classify.prepare(model.tokenizer, items, truncation, model.max_length),
-            sum(map(len, texts)),
-            request.is_disconnected,
-        )
-        outputs = await infer(request, model, rows, timings, ticket)
-        function = parameters.function_to_apply
-        if function == "default":
-            function = classify.function_of(model.artifact.config)
-        labels = model.artifact.labels
-        answers, timings.postprocess = timed(
-            lambda: [classify.answer(logits, labels, function, parameters.top_k) for (logits,) in outputs]
-        )
-        return reply(request, model, answers, timings, rows, cut)
+    chars = sum(len(item.text) + len(item.text_pair or "") for item in items)
+    (rows, cut), timings.tokenize = await service.workers.run(
+        lambda: classify.prepare(model.tokenizer, items, truncation, model.max_length),
+        chars,
+        request.is_disconnected,
+    )
+    outputs = await infer(request, model, rows, timings)
+    function = parameters.function_to_apply
+    if function == "default":
+        function = classify.function_of(model.artifact.config)
+    labels = model.artifact.labels
+    answers, timings.postprocess = timed(
+        lambda: [classify.answer(logits, labels, function, parameters.top_k) for (logits,) in outputs]
+    )
+    return reply(request, model, answers[0] if flat else answers, timings, rows, cut)
 
 
 async def run_qa(request: Request, body: QaRequest, variant: str | None) -> Response:
@@ -91,19 +106,17 @@ async def run_qa(request: Request, body: QaRequest, variant: str | None) -> Resp
     model = choose(request, "qa", variant, len(items))
     check_lengths(items, service.settings.max_text_chars)
     timings = Timings()
-    texts = [text for item in items for text in (item.question, item.context)]
-    chars = sum(map(len, texts))
-    with admit(service, texts) as ticket:
-        passages, timings.tokenize = await service.workers.run(
-            lambda: qa.prepare(model.tokenizer, items, parameters, model.max_length, service.settings.max_windows),
-            chars,
-            request.is_disconnected,
-        )
-        rows = [window.row for passage in passages for window in passage.windows]
-        outputs = await infer(request, model, rows, timings, ticket)
-        answers, timings.postprocess = await service.workers.run(lambda: decode(passages, outputs, body), chars)
-        cut = sum(passage.question_cut for passage in passages)
-        return reply(request, model, answers, timings, rows, cut, [len(passage.windows) for passage in passages])
+    chars = sum(len(item.question) + len(item.context) for item in items)
+    passages, timings.tokenize = await service.workers.run(
+        lambda: qa.prepare(model.tokenizer, items, parameters, model.max_length, service.settings.max_windows),
+        chars,
+        request.is_disconnected,
+    )
+    rows = [window.row for passage in passages for window in passage.windows]
+    outputs = await infer(request, model, rows, timings)
+    answers, timings.postprocess = await service.workers.run(lambda: decode(passages, outputs, body), chars)
+    cut = sum(passage.question_cut for passage in passages)
+    return reply(request, model, answers, timings, rows, cut, [len(passage.windows) for passage in passages])
 
 
 def check_lengths(items: Sequence[TextPair | Question], most: int) -> None:
@@ -113,32 +126,12 @@ def check_lengths(items: Sequence[TextPair | Question], most: int) -> None:
                 raise TooLong(f"inputs[{i}].{name} has {len(text)} characters; at most {most} are allowed.")
 
 
-def admit(service: Service, texts: list[str]) -> Ticket:
-    return service.admission.enter(estimate(texts), service.engine.tokens_per_second)
-
-
-async def infer(
-    request: Request, model: OnnxModel, rows: Sequence[Row], timings: Timings, ticket: Ticket
-) -> list[list[Logits]]:
+async def infer(request: Request, model: OnnxModel, rows: Sequence[Row], timings: Timings) -> list[list[Logits]]:
     """Through the engine, unless the deadline passes or the client leaves before."""
     service = service_of(request)
-    ticket.settle(sum(map(len, rows)))
+    request.state.ticket.settle(sum(map(len, rows)))
     seconds = patience(request, service.settings.max_queue_seconds) - (time.perf_counter() - request.state.began)
     return await service.engine.infer(model, rows, timings, seconds, lambda: disconnected(request))
-
-
-def patience(request: Request, longest: float) -> float:
-    """Seconds that a request may wait: the setting, or less where its header says so."""
-    sent = request.headers.get(TIMEOUT_HEADER)
-    if sent is None:
-        return longest
-    try:
-        seconds = float(sent)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise Invalid(f"The header {TIMEOUT_HEADER} is a number of seconds above 0.")
-    return min(seconds, longest)
 
 
 async def disconnected(request: Request) -> None:

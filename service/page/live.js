@@ -55,8 +55,9 @@ export class Live {
     const [oldest, newest] = [this.readings[0], this.readings.at(-1)];
     const after = newest?.histograms.get(key);
     const before = oldest?.histograms.get(key);
-    if (!after || !before) return { p50: null, p95: null, perSecond: 0 };
-    const buckets = after.map(([edge, count], i) => [edge, count - before[i][1]]);
+    if (!after) return { p50: null, p95: null, perSecond: 0 };
+    // A model that was loaded meanwhile began at 0.
+    const buckets = after.map(([edge, count], i) => [edge, count - (before?.[i][1] ?? 0)]);
     const requests = buckets.at(-1)[1];
     if (!requests) return { p50: null, p95: null, perSecond: 0 };
     return {

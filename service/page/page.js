@@ -47,6 +47,7 @@ const LOW_SHARE = 0.6; // of the window; what begins below is hardly seen
 
 const $ = (id) => document.getElementById(id);
 let models = [];
+let shownInfo = ""; // what `models` is made of
 let apiKey = ""; // nowhere else
 let retry = null; // what to do again once there is a key
 
@@ -260,7 +261,7 @@ const LIVE_SENTENCE = $("live-status").textContent;
 async function refresh() {
   if (document.hidden) return;
   try {
-    await live.read(headers());
+    await Promise.all([live.read(headers()), refreshModels()]);
     $("live-status").textContent = LIVE_SENTENCE;
   } catch {
     $("live-status").textContent = "The service does not answer; these are its last numbers.";
@@ -275,19 +276,24 @@ async function refresh() {
 
 // ------------------------------------------------------------------------------------------------------ the start
 
-async function begin() {
-  let info;
-  try {
-    info = await (await fetch("/info")).json();
-  } catch {
-    showFailure(new Failure("The service does not answer. Look whether it still runs, then load this page again."));
-    return;
-  }
+/** The service may take other models while the page is open. */
+async function refreshModels() {
+  const info = await (await fetch("/info")).json();
+  const found = JSON.stringify([info.version, info.runtime, info.models]);
+  if (found === shownInfo) return;
+  shownInfo = found;
+  showModels(info);
+}
+
+function showModels(info) {
   const tasks = Object.keys(FIELDS).filter((name) => info.models.some((model) => model.task === name));
   models = tasks.flatMap((name) => info.models.filter((model) => model.task === name))
     .map((model) => ({ ...model, cells: [1, 2, 3].map(() => element("td", {}, "–")) }));
   $("tasks").hidden = tasks.length < 2;
-  document.querySelector(`input[value=${tasks[0]}]`).checked = true;
+  if (!tasks.includes(task())) {
+    document.querySelector(`input[value=${tasks[0]}]`).checked = true;
+    showTask();
+  }
   $("live").replaceChildren(...models.map((model) =>
     element("tr", { "data-variant": model.variant },
       element("th", { scope: "row" }, `${nameOf(model)}, ${model.task}`), ...model.cells)));
@@ -296,6 +302,15 @@ async function begin() {
     `DSFormer ${info.version}`, `onnxruntime ${runtime.onnxruntime}`,
     `${runtime.threads} ${runtime.threads === 1 ? "thread" : "threads"}`, runtime.isa,
   ].filter(Boolean).join(" · ");
+}
+
+async function begin() {
+  try {
+    await refreshModels();
+  } catch {
+    showFailure(new Failure("The service does not answer. Look whether it still runs, then load this page again."));
+    return;
+  }
   for (const [[, values]] of Object.values(EXAMPLES)) fill(values);
   showTask();
   refresh();

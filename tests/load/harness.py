@@ -89,6 +89,17 @@ class Served:
             assert status == 0, self.log
 
 
+def resident_megabytes(pid: int | str) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1]) / 1000
+
+
+def cpu_seconds(pid: int) -> float:
+    """What the processor has done for a process. Unlike a clock's time it bears a busy machine."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass(frozen=True)
 class Answer:
     status: int  # 0: no connection could be made; -1: it was made, and broke before the answer

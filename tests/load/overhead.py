@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import re
 import socket
 import statistics
 import time
 from pathlib import Path
 
-from harness import Served, encode, read_answer
+from harness import Served, cpu_seconds, encode, read_answer
 
 from service import artifact, classify
 from service.model import OnnxModel
@@ -40,12 +39,6 @@ def timed_request(connection: socket.socket) -> tuple[float, dict[str, float]]:
     assert b" 200 " in answer[:20], answer
     parts = re.findall(r"(\w+);dur=([\d.]+)", answer.decode())
     return took, {name: float(value) for name, value in parts}
-
-
-def cpu_seconds(pid: int) -> float:
-    """What the processor has done for a process. Unlike a clock's time it bears a busy machine."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def overhead(folder: Path, threads: int) -> dict[str, float]:

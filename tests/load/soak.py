@@ -12,16 +12,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from harness import Served, ask
+from harness import Served, ask, resident_megabytes
 
 CLIENTS = 8
 SAMPLES = 60
 WARM_SHARE = 0.2
-
-
-def resident_megabytes(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1]) / 1000
 
 
 async def press(service: Served, seconds: float) -> tuple[int, list[tuple[float, float]]]:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from service import lane
-from service.admission import Admission
+from service.admission import Admission, Ticket
 from service.compare import Found, bootstrap, choice_of, differences, speed_up_of
 from service.model import OnnxModel
 
@@ -151,9 +151,8 @@ def test_wrong_bodies(client: TestClient, body: object, words: str) -> None:
 
 
 def test_it_waits_while_a_request_is_admitted(client: TestClient) -> None:
-    admission = client.app.state.service.admission
     began = time.perf_counter()
-    with admission.enter(1, 1.0):
+    with Ticket(client.app.state.service.admission, 1):
         late = client.post("/compare", json=CLASSIFY, headers={"x-request-timeout": "0.3"})
     assert time.perf_counter() - began >= 0.3
     assert (late.status_code, late.json()["error_type"]) == (504, "deadline")
@@ -161,11 +160,11 @@ def test_it_waits_while_a_request_is_admitted(client: TestClient) -> None:
 
 
 def test_it_takes_a_small_share_of_the_time_while_there_is_traffic() -> None:
-    admission = Admission(100)
+    admission = Admission(100, lambda: 1.0)
 
     async def come() -> None:
         while True:
-            with admission.enter(1, 1.0):
+            with await admission.enter(1):
                 pass
             await asyncio.sleep(0.02)
 

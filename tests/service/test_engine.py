@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.admission import Admission, estimate
+from service.admission import Admission, Ticket
 from service.batching import MAX_PADDING_SHARE, WINDOW_ROWS, JobQueue, choose
 from service.engine import Batch, Engine, Timings
 from service.errors import BackendFailed, ClientGone, DeadlineExceeded, Overloaded
@@ -162,7 +163,7 @@ def test_what_comes_while_a_batch_runs_is_the_next_batch() -> None:
         waiting = []
         for i in range(9):
             waiting.append(asyncio.create_task(tested.infer(model, [row(i, 10)])))
-            await asyncio.sleep(0.02)
+            await asyncio.to_thread(model.begun.wait, 10)
         assert tested.queued(model) == (8, 80)
         model.go.set()
         await asyncio.gather(*waiting)
@@ -252,38 +253,81 @@ def test_what_is_too_late_or_has_no_client_never_runs() -> None:
 
 
 @given(costs=st.lists(st.integers(1, 50), max_size=60), limit=st.integers(1, 200))
-def test_the_limit_holds_and_a_request_alone_always_gets_in(costs: list[int], limit: int) -> None:
-    admission = Admission(limit)
-    inside = []
-    for cost in costs:
-        try:
-            inside.append(admission.enter(cost, 10.0))
-        except Overloaded:
-            assert inside
-            assert admission.tokens + cost > limit
-            for ticket in inside:
-                ticket.__exit__(None, None, None)
-            inside = []
-        assert admission.tokens <= limit or len(inside) == 1
-        assert admission.requests == len(inside)
+def test_the_limit_holds_and_whoever_fits_gets_in_in_order(costs: list[int], limit: int) -> None:
+    async def scenario() -> None:
+        admission = Admission(limit, lambda: 10.0)
+        inside: deque[tuple[int, Ticket]] = deque()
+        waiting: deque[asyncio.Task[Ticket]] = deque()
+        entered = 0
+
+        async def settle_down() -> None:
+            nonlocal entered
+            for _ in range(3):
+                await asyncio.sleep(0)
+            while waiting and waiting[0].done():
+                inside.append((entered, waiting.popleft().result()))
+                entered += 1
+            assert not any(task.done() for task in waiting)  # nobody overtakes
+            assert admission.tokens <= limit or len(inside) == 1
+            assert admission.requests == len(inside)
+
+        for cost in costs:
+            room = admission.has_room(cost)
+            waiting.append(asyncio.ensure_future(admission.enter(cost)))
+            await settle_down()
+            assert room == (not waiting)
+            while admission.crowded:
+                with pytest.raises(Overloaded):
+                    await admission.enter(cost)
+                inside.popleft()[1].leave()
+                await settle_down()
+        while inside:
+            inside.popleft()[1].leave()
+            await settle_down()
+        assert (admission.tokens, admission.requests, len(waiting)) == (0, 0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_nobody_waits_at_the_door_for_long() -> None:
+    async def scenario() -> None:
+        admission = Admission(1, lambda: 10.0)
+        first = await admission.enter(1)
+        with pytest.raises(Overloaded):
+            await admission.enter(1, 0.01)
+        cancelled = asyncio.ensure_future(admission.enter(1))
+        await asyncio.sleep(0)
+        first.leave()
+        cancelled.cancel()  # at the very moment that it was let in
+        await asyncio.gather(cancelled, return_exceptions=True)
+        assert (admission.tokens, admission.requests) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_the_speed_is_that_of_the_whole_service_under_load() -> None:
+    async def scenario() -> None:
+        admission = Admission(1, lambda: 1e9)
+        ticket = await admission.enter(5)
+        assert admission.tokens_per_second() == 1e9
+        for _ in range(20):
+            waiting = [asyncio.ensure_future(admission.enter(5)) for _ in range(4)]
+            for place in waiting:
+                await asyncio.sleep(0.01)
+                ticket.leave()
+                ticket = await place
+        # 5 tokens in 10 ms, or longer.
+        assert 10 < admission.tokens_per_second() < 600
+
+    asyncio.run(scenario())
 
 
 def test_retry_after_is_the_time_that_the_queue_takes() -> None:
-    admission = Admission(1000)
-    admission.enter(10, 0).settle(900)
-    with pytest.raises(Overloaded) as caught:
-        admission.enter(200, 100.0)
-    assert caught.value.headers["Retry-After"] == "9"
+    admission = Admission(1000, lambda: 100.0)
+    Ticket(admission, 10).settle(900)
+    assert admission.refusal(200).headers["Retry-After"] == "9"
     assert admission.tokens == 900
-    with pytest.raises(Overloaded) as caught:
-        admission.enter(200, 100.0)
-    assert caught.value.headers["Retry-After"] == "11"  # behind the one before
+    assert admission.refusal(200).headers["Retry-After"] == "11"  # behind the one before
     for _ in range(100):
-        with pytest.raises(Overloaded) as caught:
-            admission.enter(200, 100.0)
-    assert caught.value.headers["Retry-After"] == "60"
-
-
-def test_estimates_are_near() -> None:
-    assert 8 <= estimate(["the film is good and so is the cast"]) <= 14
-    assert estimate(["東京は日本の首都です"]) == 9
+        last = admission.refusal(200)
+    assert last.headers["Retry-After"] == "60"

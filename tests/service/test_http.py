@@ -19,6 +19,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.admission import Admission, Ticket
 from service.app import create_app
 from service.errors import BackendFailed, StartError
 from service.model import OnnxModel
@@ -238,11 +239,39 @@ def test_a_file_of_keys_that_is_none(models: Path, tmp_path: Path, text: str | N
 
 def test_full(client: TestClient) -> None:
     admission = client.app.state.service.admission
-    with admission.enter(10 * admission.limit_tokens, 1.0):
+    with Ticket(admission, 10 * admission.limit_tokens):
         for inputs in ("good", ["good"] * 3):
             response = client.post("/classify", json={"inputs": inputs})
             check_error(response, 429, "overloaded", "full")
             assert 1 <= int(response.headers["retry-after"]) <= 60
+
+
+def test_who_waits_at_the_door_gets_in_when_there_is_room(client: TestClient) -> None:
+    admission = client.app.state.service.admission
+    ticket = Ticket(admission, 10 * admission.limit_tokens)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.post, "/classify", json={"inputs": "good"})
+        time.sleep(0.2)
+        assert not waiting.done()
+        client.portal.call(ticket.leave)
+        assert waiting.result().status_code == 200
+    assert (admission.requests, admission.tokens) == (0, 0)
+
+
+def test_a_crowded_door_refuses_before_the_body_is_read(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Admission, "crowded", True)
+    for content in (b"not JSON", b"x" * 10_000_000):
+        response = client.post("/classify", content=content, headers=JSON)
+        check_error(response, 429, "overloaded", "full")
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+    monkeypatch.undo()
+
+
+def test_refusals_are_held_back_when_they_are_too_many() -> None:
+    admission = Admission(1, lambda: 0.0)
+    holds = [admission.hold_seconds() for _ in range(1000)]
+    assert holds[100] == 0
+    assert 0.5 < holds[-1] <= 1
 
 
 def test_too_late(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

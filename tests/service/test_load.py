@@ -7,11 +7,13 @@ import threading
 import time
 from pathlib import Path
 
+import blocking
 import comparisons
 import concurrency
 import corruption
 import departures
 import endings
+import fuzz
 import overload
 import pytest
 import soak
@@ -66,13 +68,17 @@ def test_ten_thousand_requests_at_once_get_their_own_answers(models: Path) -> No
 
 @pytest.mark.parametrize("limit", [1, 8])
 def test_overload_is_refused_politely(models: Path, limit: int) -> None:
-    overload.check(models / "tiny-classify-dsformer", limit, clients=60, seconds=1.0, calm_clients=2)
+    overload.check(models / "tiny-classify-dsformer", limit, clients=60, seconds=0.5, settle=0.5)
+
+
+def test_who_comes_back_at_once_is_refused_as_well(models: Path) -> None:
+    overload.check(models / "tiny-classify-dsformer", 1, clients=60, seconds=0.5, polite=False, settle=0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2, 4, 8])
 def test_five_hundred_clients_are_refused_politely(models: Path, limit: int) -> None:
-    overload.check(models / "tiny-classify-dsformer", limit, clients=500, seconds=10, calm_clients=2)
+    overload.check(models / "tiny-classify-dsformer", limit, clients=500, seconds=3, rounds=3)
 
 
 def test_who_leaves_costs_nothing_more(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +93,26 @@ def test_a_damaged_folder_is_refused_or_harmless(models: Path) -> None:
 @pytest.mark.slow
 def test_five_hundred_damaged_folders(models: Path) -> None:
     corruption.check(models / "tiny-qa-dsformer", 500)
+
+
+def test_broken_bytes_get_documented_answers(models: Path) -> None:
+    fuzz.check_raw(models, 300, seed=1)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_broken_requests(models: Path) -> None:
+    fuzz.check_raw(models, 20_000)
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing(models: Path) -> None:
+    pytest.importorskip("schemathesis")
+    fuzz.check_schema(models, 100)
+
+
+@pytest.mark.slow
+def test_a_megabyte_of_text_blocks_nobody(models: Path) -> None:
+    assert blocking.check(models, 5)[1] < 50
 
 
 def test_random_lengths_for_a_while_give_no_error(models: Path) -> None:

@@ -17,6 +17,7 @@ from harness import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import lane
+from service.admission import Ticket
 from service.app import create_app
 from service.keys import Keys
 from service.page import OURS
@@ -257,6 +258,27 @@ def test_no_text_becomes_html(visit: Callable[..., Any]) -> None:
     assert page.title() == "DSFormer"
 
 
+def test_a_model_that_comes_while_the_page_is_open(
+    browser: Any, tmp_path: Path, write_folder: Callable[..., Path]
+) -> None:
+    write_folder(tmp_path / "one", "classify", "dense", LABELS)
+    made = Site(tmp_path)
+    made.start()
+    opened = Visit(browser, made.url)
+    row = opened.page.get_by_role("row", name="DSFormer 2.8x, classify")
+    expect(opened.page.get_by_role("row", name="Dense, classify")).to_be_visible()
+    expect(row).to_have_count(0)
+    write_folder(tmp_path / "other", "classify", "dsformer", LABELS)
+    expect(row).to_be_visible()
+    assert httpx.post(made.url + "/variants/dsformer/classify", json={"inputs": "good"}).status_code == 200
+    expect(row.get_by_role("cell").nth(0)).to_contain_text("ms")
+    opened.page.get_by_role("button", name="Compare").click()
+    expect(opened.page.locator("article")).to_have_count(2)
+    opened.context.close()
+    made.end()
+    assert opened.complaints == []
+
+
 # ------------------------------------------------------------------------------------------------ a service in trouble
 
 
@@ -276,7 +298,7 @@ def test_a_busy_service_is_a_sentence(visit: Callable[..., Any], site: Site, mon
 
 def test_a_full_service_ends_the_race_with_a_sentence(visit: Callable[..., Any], site: Site) -> None:
     page = visit().page
-    with site.service.admission.enter(10 * site.service.admission.limit_tokens, 1.0):
+    with Ticket(site.service.admission, 10 * site.service.admission.limit_tokens):
         page.get_by_role("button", name="Start race").click()
         expect(page.get_by_role("alert")).to_contain_text("The service is full")
     expect(page.locator("#race-status")).to_have_text("The race ended early.")
