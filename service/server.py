@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.admission import MAX_RETRY_SECONDS
 from service.errors import Draining
 from service.state import Service
 
@@ -25,6 +26,9 @@ LINGER_SECONDS = 0.3
 LINGER_NEW_SECONDS = 3.0
 # Beyond the drain's own deadline, for its answers to be sent.
 MARGIN_SECONDS = 6
+# A connection is kept for longer than any client is told to wait: one that is closed just when its client comes back
+# loses that request.
+KEEP_ALIVE_SECONDS = MAX_RETRY_SECONDS + 15
 
 
 class Server(uvicorn.Server):  # type: ignore[misc]
@@ -42,6 +46,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             server_header=False,
             # With uvloop 8 clients got a tenth to a third fewer answers a second; one alone waited as long or longer.
             loop="asyncio",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + MARGIN_SECONDS,
         )
         super().__init__(config)

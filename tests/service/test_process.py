@@ -109,6 +109,21 @@ def test_a_client_that_asks_first_is_refused_before_it_sends(server: tuple[str, 
     connection.close()
 
 
+def test_a_connection_outlasts_the_wait_of_a_refused_client(server: tuple[str, Path]) -> None:
+    """uvicorn's own five seconds would end it just when a client comes back after Retry-After."""
+    url, _ = server
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+    connection.auto_open = False  # a connection that was closed is an error here, and no reason to make another
+    connection.connect()
+    for pause in (0, 6):
+        time.sleep(pause)
+        connection.request("GET", "/livez")
+        response = connection.getresponse()
+        assert response.status == 200
+        response.read()
+    connection.close()
+
+
 def test_garbage_on_the_socket_does_not_stop_the_service(server: tuple[str, Path]) -> None:
     url, _ = server
     host, port = url.removeprefix("http://").split(":")
