@@ -78,13 +78,11 @@ def _introduction(rows: Sequence[Row]) -> str:
 
 
 def _accuracy(rows: Sequence[Row]) -> str:
-    """Tables 1 and 3: all methods that were run on all tasks, by size."""
-    trained = _reference(rows) + [row for row in rows if row["method"] != "dense" and row["stage"] != _UNTRAINED]
-    places = _by_place(trained)
-    tasks = _tasks(rows)
-    whole = {place: found for place, found in places.items() if {row["task"] for row in found} == set(tasks)}
-    title = "## Accuracy after training"
-    return f"{title}\n\n{_score_table(whole, tasks)}" if whole else ""
+    """Tables 1 and 3, by size; a cell is empty where a method was not run on the task."""
+    trained = [row for row in rows if row["method"] != "dense" and row["stage"] != _UNTRAINED]
+    if not trained:
+        return ""
+    return f"## Accuracy after training\n\n{_score_table(_by_place([*_reference(rows), *trained]), _tasks(rows))}"
 
 
 def _untrained(rows: Sequence[Row]) -> str:
