@@ -561,8 +561,10 @@ def study(
     Runs that are there already are not run again. Several processes may work on one folder: start the same command as
     often as there are cores or GPUs to spare.
     """
+    from compressor import processes
     from compressor.results import write_report
-    from compressor.study import Study, parse_variant, weight_errors, work_off
+    from compressor.study import Study, parse_variant
+    from compressor.worker import weight_errors, work_off
 
     plan = Study(
         model=model,
@@ -582,9 +584,10 @@ def study(
         fake_quantize=fake_quantize,
     )
     failed = work_off(plan)
-    weight_errors(plan)
-    if report:
-        write_report(output, report)
+    if processes.is_first():
+        weight_errors(plan)
+        if report:
+            write_report(output, report)
     if failed:
         raise ConfigError(f"{len(failed)} runs could not be done: {'; '.join(failed)}")
 

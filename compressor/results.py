@@ -31,9 +31,7 @@ def write_report(study: Path, report: Path) -> None:
     sections = [
         _introduction(rows),
         _accuracy(rows),
-        _figure(
-            rows, plots, "frontier.svg", "Points lost against compression by eq. 11, mean over tasks", draw_frontier
-        ),
+        _frontier(rows, plots),
         _untrained(rows),
         _pieces(rows),
         _schedules(rows, plots),
@@ -83,6 +81,12 @@ def _accuracy(rows: Sequence[Row]) -> str:
     if not trained:
         return ""
     return f"## Accuracy after training\n\n{_score_table(_by_place([*_reference(rows), *trained]), _tasks(rows))}"
+
+
+def _frontier(rows: Sequence[Row], plots: Path) -> str:
+    points = _mean_drops(rows)
+    title = "Points lost against compression, mean over the tasks"
+    return _figure(plots, "frontier.svg", title, lambda axes: draw_frontier(axes, points)) if points else ""
 
 
 def _untrained(rows: Sequence[Row]) -> str:
@@ -144,7 +148,7 @@ def _schedules(rows: Sequence[Row], plots: Path) -> str:
         for task in tasks
         for stage in ("ft-f-stf", "ft-f-ft")
     ]
-    figure = _figure(rows, plots, "schedules.svg", "STF against FT-F-FT by S", lambda ax, _: draw_schedules(ax, series))
+    figure = _figure(plots, "schedules.svg", "STF against FT-F-FT by S", lambda axes: draw_schedules(axes, series))
     table = _table(["task", "schedule", *(f"S = {number}" for number in nonzeros)], lines)
     return f"## STF against fine-tuning on frozen supports\n\n{table}\n\n{figure}"
 
@@ -163,7 +167,7 @@ def _weight_errors(weights: Mapping[str, Sequence[Row]], plots: Path) -> str:
             ahead = sum(row["DS"] < row["SVD"] for row in found)
             lines.append([size, role, *(f"{mean:.3f}" for mean in means), f"{ahead} of {len(found)}"])
     table = _table(["size", "matrix", "CR", "SVD", "DS", "DS below SVD"], lines)
-    figure = _figure([], plots, "weights.svg", "Relative error by layer", lambda ax, _: draw_weights(ax, weights))
+    figure = _figure(plots, "weights.svg", "Relative error by layer", lambda axes: draw_weights(axes, weights))
     text = "‖W − W'‖ / ‖W‖ of the base model's matrices at equal CR, mean over the layers."
     return f"## Errors of the weights\n\n{text}\n\n{table}\n\n{figure}"
 
@@ -205,6 +209,18 @@ def _by_place(rows: Iterable[Row]) -> dict[Place, list[Row]]:
     return places
 
 
+def _mean_drops(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """(CR, mean drop) of each trained method at each size at which it was run on all tasks."""
+    tasks = set(_tasks(rows))
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (method, _), found in _by_place(rows).items():
+        if method == "dense" or found[0]["stage"] == _UNTRAINED or {row["task"] for row in found} != tasks:
+            continue
+        drops = [statistics.fmean(row["drop"] for row in found if row["task"] == task) for task in tasks]
+        points[method].append((_ratio(found), statistics.fmean(drops)))
+    return points
+
+
 def _ratio(rows: Sequence[Row]) -> float:
     return float((rows[0]["compression"] or {}).get("ratio_eq11", 1.0))
 
@@ -228,9 +244,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 # --- plots ---------------------------------------------------------------------------------------------------------
 
 
-def _figure(
-    rows: Sequence[Row], folder: Path, name: str, title: str, draw: Callable[[Any, Sequence[Row]], None]
-) -> str:
+def _figure(folder: Path, name: str, title: str, draw: Callable[[Any], None]) -> str:
     """Draw and save one plot; returns the Markdown that shows it."""
     import matplotlib
 
@@ -239,7 +253,7 @@ def _figure(
 
     with matplotlib.rc_context({"svg.hashsalt": "dsformer", "svg.fonttype": "none", "font.size": 9}):
         figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-        draw(axes, rows)
+        draw(axes)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         figure.savefig(folder / name, metadata={"Date": None})  # the same rows make the same bytes
@@ -247,15 +261,7 @@ def _figure(
     return f"![{title}]({folder.name}/{name})"
 
 
-def draw_frontier(axes: Any, rows: Sequence[Row]) -> None:
-    """Mean drop of each method at each size, over the tasks that all of them were run on."""
-    tasks = set(_tasks(rows))
-    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for (method, _), found in _by_place(rows).items():
-        if method == "dense" or found[0]["stage"] == _UNTRAINED or {row["task"] for row in found} != tasks:
-            continue
-        drops = [statistics.fmean(row["drop"] for row in found if row["task"] == task) for task in tasks]
-        points[method].append((_ratio(found), statistics.fmean(drops)))
+def draw_frontier(axes: Any, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     for method in sorted(points):
         line = sorted(points[method])
         axes.plot([ratio for ratio, _ in line], [drop for _, drop in line], marker="o", label=method)
@@ -263,8 +269,7 @@ def draw_frontier(axes: Any, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("compression by eq. 11")
     axes.set_ylabel("points lost")
-    if points:
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
 
 
 def draw_schedules(axes: Any, series: Mapping[tuple[str, str], Mapping[int, Sequence[float]]]) -> None:

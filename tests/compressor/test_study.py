@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from launch import launch
 from tiny import make_config, make_tokenizer
 from transformers import BertForSequenceClassification
 
 from compressor import checkpoint, pipeline
 from compressor.config import ConfigError
 from compressor.results import write_report
-from compressor.study import Study, parse_variant, planned_runs, weight_errors, work_off
+from compressor.study import Study, parse_variant, planned_runs
 from compressor.tasks import find_task
+from compressor.worker import weight_errors, work_off
 
 METHODS = "ds:iterations=2,svd,nm,ds:iterations=2:schedule=ft-f"
 
@@ -264,3 +267,31 @@ def test_the_page_has_the_numbers_of_the_rows(study: Study, unbroken: Path, tmp_
     before = text, (tmp_path / "results" / "frontier.svg").read_bytes()
     write_report(unbroken, tmp_path / "results.md")
     assert before == ((tmp_path / "results.md").read_text(), (tmp_path / "results" / "frontier.svg").read_bytes())
+
+
+def test_processes_that_train_together_do_each_run_once(base: Path, data: Path, unbroken: Path, tmp_path: Path) -> None:
+    """torchrun with two processes: the rows of one, up to the order of sums."""
+    words = command(base, data, tmp_path)[3:]
+    words[words.index("--methods") + 1] = "ds:iterations=2"
+    words[words.index("--seeds") + 1] = "0"
+    done = launch("-m", "compressor", *words)
+    assert done.returncode == 0, done.stderr
+    found = rows_of(tmp_path / "study")
+    assert set(found) == {"cola-0-dense-0.001", "cola-0-dense-0.003", "cola-0-ds_iterations=2-2.8x"}
+    for name, row in found.items():
+        assert row["score"] == pytest.approx(rows_of(unbroken)[name]["score"], abs=5), name
+
+
+def test_a_reference_whose_checkpoint_is_gone_is_trained_again(study: Study) -> None:
+    """Rows are committed and checkpoints are not: on another machine the study is widened all the same."""
+    narrow = replace(study, variants=(parse_variant("svd"),), seeds=(0,))
+    assert work_off(narrow) == []
+    before = rows_of(study.output)
+    shutil.rmtree(study.work)
+    assert work_off(narrow) == []
+    assert not list(study.work.glob("cola*")), "nothing is left to teach"
+    wide = replace(narrow, variants=(parse_variant("svd"), parse_variant("svd:schedule=ft-f")))
+    assert work_off(wide) == []
+    after = rows_of(study.output)
+    assert len(after) == len(before) + 1
+    assert {name: row["metrics"] for name, row in before.items()} == {name: after[name]["metrics"] for name in before}

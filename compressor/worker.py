@@ -1,0 +1,294 @@
+"""A study's runs, done: by one process, by several that train one model together, by several workers beside each other.
+
+Runs that have their row are not run again, so a killed study goes on where it was and may be widened later. Workers on
+one folder claim a run by a lock, which their death releases. The checkpoints of dense references are kept, since they
+teach the others; of a compressed model only its numbers are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import kernels
+from compressor import checkpoint, pipeline, processes
+from compressor.config import CompressionConfig, ConfigError, KSVDConfig, MethodOptions, TrainConfig
+from compressor.files import replace_file
+from compressor.methods import find_method
+from compressor.progress import progress
+from compressor.study import Run, Study, options_of, planned_runs, row_of
+from compressor.tasks import find_task
+from compressor.train import TrainingError
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 5.0
+
+
+def work_off(study: Study) -> list[str]:
+    """Run what is not there yet, and return a sentence for each run that could not be done."""
+    ratios = _require_possible(study)
+    processes.from_first(lambda: _require_same(study, planned_runs(study)))
+    queue = Queue(study)
+    with progress("study" if processes.is_first() else None, total=queue.total) as advance:
+        while run := processes.from_first(lambda: queue.take(advance)):
+            failure = None
+            try:
+                _do(study, run, ratios)
+            except (ConfigError, TrainingError) as error:
+                failure = f"{run.name}: {error}"
+                log.error("%s", failure)
+            queue.give_back(run, failure)
+    return processes.from_first(lambda: list(queue.failed.values()))
+
+
+class Queue:
+    """The runs that are left to one worker. Of processes that train together only the first takes from it."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._planned = planned_runs(study)
+        self._over: set[str] = set()
+        self._lock: TextIO | None = None
+        self.failed: dict[str, str] = {}
+        self.total = len(self._planned) + len(study.tasks) * (len(study.seeds) - 1)
+
+    def take(self, advance: Callable[[str], None] = lambda name: None) -> Run | None:
+        """The next run, claimed; waits while others do what is needed for the rest. None when nothing is left.
+
+        ``advance`` is called with the name of each run that is over.
+        """
+        while True:
+            waits = False
+            for run in self._in_order():
+                if run.name in self._over:
+                    continue
+                if run.name in self.failed or self._is_there(run):
+                    self._over.add(run.name)
+                    advance(run.name)
+                elif run.variant and self._reference(run) is None:
+                    waits = waits or not self._is_hopeless(run)
+                elif self._claim(run):
+                    if not self._is_there(run):  # another worker has just ended it
+                        return run
+                    self._release()
+                else:
+                    waits = True
+            if not waits:
+                return None
+            time.sleep(_POLL_SECONDS)
+
+    def give_back(self, run: Run, failure: str | None) -> None:
+        """The run is over, or could not be done for the reason given."""
+        if failure:
+            self.failed[run.name] = failure
+        self._release()
+
+    def _in_order(self) -> Iterator[Run]:
+        """All runs; before the first of each task and later seed its dense one, as soon as its rate is known."""
+        known: set[tuple[str, int]] = set()
+        for run in self._planned:
+            place = run.task, run.seed
+            if run.seed != self._study.seeds[0] and place not in known:
+                known.add(place)
+                if dense := dense_run(self._study, *place):
+                    yield dense
+            yield run
+
+    def _is_there(self, run: Run) -> bool:
+        """It has its row; and its checkpoint, where it is a reference that others still need."""
+        if row_of(self._study, run) is None:
+            return False
+        return run.variant is not None or not self._is_needed(run) or _has_checkpoint(self._study, run)
+
+    def _is_needed(self, dense: Run) -> bool:
+        left = [run for run in self._planned if run.variant and (run.task, run.seed) == (dense.task, dense.seed)]
+        return dense == dense_run(self._study, dense.task, dense.seed) and any(
+            row_of(self._study, run) is None and run.name not in self.failed for run in left
+        )
+
+    def _reference(self, run: Run) -> Run | None:
+        """The dense run that ``run`` starts from, if its checkpoint is there."""
+        dense = dense_run(self._study, run.task, run.seed)
+        return dense if dense and row_of(self._study, dense) and _has_checkpoint(self._study, dense) else None
+
+    def _is_hopeless(self, run: Run) -> bool:
+        """The reference of ``run`` will never come, since a dense run it rests on could not be done."""
+        starts = tuple(f"{run.task}-{seed}-dense" for seed in (run.seed, self._study.seeds[0]))
+        return any(name.startswith(starts) for name in self.failed)
+
+    def _claim(self, run: Run) -> bool:
+        locks = self._study.work / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        file = (locks / run.name).open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        self._lock = file
+        return True
+
+    def _release(self) -> None:
+        if self._lock:
+            self._lock.close()
+        self._lock = None
+
+
+def dense_run(study: Study, task: str, seed: int) -> Run | None:
+    """The reference of a task and seed, once the whole grid has been walked with the first seed."""
+    scores = {}
+    for rate in study.learning_rates:
+        row = row_of(study, Run(task, study.seeds[0], learning_rate=rate))
+        if row is None:
+            return None
+        scores[rate] = row["score"]
+    return Run(task, seed, learning_rate=max(scores, key=lambda rate: scores[rate]))
+
+
+def _has_checkpoint(study: Study, dense: Run) -> bool:
+    return checkpoint.load_record(study.work / dense.name) is not None
+
+
+def _require_possible(study: Study) -> dict[tuple[str, str], float]:
+    """Refuse what does not fit the model before any work; returns ds's ratio by eq. 11 by task and preset."""
+    ratios = {}
+    for name in study.tasks:
+        task = study.source(name).resolve()
+        model = checkpoint.load(study.model, task).model
+        for preset in study.presets if any(not variant.has_size for variant in study.variants) else ():
+            own = find_method("ds").from_options(MethodOptions(preset=preset))
+            ratios[name, preset] = own.describe(own.plan(model), None)["ratio_eq11"]
+        for variant in study.variants:
+            for size in ("",) if variant.has_size else study.presets:
+                options = options_of(variant, size, ratios.get((name, size)), 0)
+                find_method(variant.method).from_options(options).plan(model)
+    return ratios
+
+
+def _settings(study: Study, run: Run) -> dict[str, Any]:
+    """What decides a row's numbers besides its name."""
+    settings = {"budget": asdict(study.budget(run.task)), "train": asdict(_train_config(study, run))}
+    return {**settings, "reference": {"fake_quantize": True}} if study.fake_quantize else settings
+
+
+def _require_same(study: Study, runs: Sequence[Run]) -> None:
+    """Rows that are there have been made with these settings; those that had no name then were at their defaults."""
+    defaults = json.loads(json.dumps({"train": asdict(TrainConfig()), "reference": {"fake_quantize": False}}))
+    for run in runs:
+        row = row_of(study, run)
+        if row is None:
+            continue
+        here, there = (
+            {part: {**defaults.get(part, {}), **found.get(part, {})} for part in ("budget", "train", "reference")}
+            for found in (json.loads(json.dumps(_settings(study, run))), row["settings"])
+        )
+        differing = [
+            f"{name} {there[part].get(name)} there, {value} here"
+            for part, values in here.items()
+            for name, value in values.items()
+            if there[part].get(name) != value
+        ]
+        if differing:
+            raise ConfigError(
+                f"{study.output} holds a study of another configuration: {run.name} has {'; '.join(differing)}; give "
+                f"the same options, or another --output"
+            )
+
+
+# --- one run -----------------------------------------------------------------------------------------------------
+
+
+def _train_config(study: Study, run: Run) -> TrainConfig:
+    budget = study.budget(run.task)
+    common: dict[str, Any] = {
+        "batch_size": budget.batch_size,
+        "max_length": study.length(find_task(run.task)),
+        "dropout": 0.0,
+        "seed": run.seed,
+    }
+    if run.variant is None:
+        return TrainConfig(epochs=budget.dense_epochs, learning_rate=run.learning_rate, **common)
+    compressing = {"max_steps": budget.steps, "learning_rate": 1e-4, "hidden_weight": 10.0, "omp_interval": 8}
+    return TrainConfig(**{**common, **compressing, **run.variant.train})
+
+
+def _do(study: Study, run: Run, ratios: Mapping[tuple[str, str], float]) -> None:
+    source, config, folder = study.source(run.task), _train_config(study, run), study.work / run.name
+    dense_score = None
+    if run.variant is None:
+        record = pipeline.finetune(study.model, source, config, folder, fake_quantize=study.fake_quantize, resume=True)
+    else:
+        dense = dense_run(study, run.task, run.seed)
+        assert dense is not None
+        dense_row = row_of(study, dense)
+        assert dense_row is not None
+        dense_score = dense_row["score"]
+        ratio = ratios.get((run.task, run.size))
+        method = find_method(run.variant.method).from_options(options_of(run.variant, run.size, ratio, run.seed))
+        reference, schedule = str(study.work / dense.name), run.variant.schedule
+        record = pipeline.compress(reference, source, method, config, folder, schedule=schedule, resume=True)
+    headline = find_task(run.task).metric_names[0]
+    score = record.metrics[headline]
+    row = {
+        "name": run.name,
+        "task": run.task,
+        "seed": run.seed,
+        "method": run.variant.label if run.variant else "dense",
+        "size": run.size,
+        "metric": headline,
+        "score": score,
+        "drop": 0.0 if dense_score is None else round(dense_score - score, 3),
+        "metrics": record.metrics,
+        "minutes": record.minutes,
+        "stage": record.stage,
+        "compression": record.compression,
+        **record.extra,
+        "settings": _settings(study, run),
+        "versions": record.versions,
+        "cpu": kernels.cpu_name(),
+        "command": _command(study),
+    }
+    if processes.is_first():
+        replace_file(study.output / "rows" / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
+        if run.variant is not None:
+            shutil.rmtree(folder)
+
+
+def _command(study: Study) -> str:
+    """The command of the study without the folders of this machine."""
+    words = {
+        "model": Path(study.model).name if Path(study.model).is_dir() else study.model,
+        "tasks": ",".join(study.tasks),
+        "methods": ",".join(variant.label for variant in study.variants),
+        "presets": ",".join(study.presets),
+        "seeds": ",".join(map(str, study.seeds)),
+        "learning-rates": ",".join(f"{rate:g}" for rate in study.learning_rates),
+        "rows": study.rows,
+        "batch-size": study.batch_size,
+        "dense-epochs": study.dense_epochs,
+        "steps": study.steps,
+        "max-length": study.max_length or None,
+    }
+    given = [f"--{name} {value}" for name, value in words.items() if value not in (None, "")]
+    given += ["--fake-quantize"] if study.fake_quantize else []
+    return " ".join(["dsformer-compress study --data DATA --output STUDY", *given])
+
+
+# --- figure 1: no data and no training -------------------------------------------------------------------------
+
+
+def weight_errors(study: Study, iterations: int = 30) -> None:
+    """K-SVD's and SVD's error of every matrix at every preset, into ``weights-<preset>.json``."""
+    for preset in study.presets:
+        path = study.output / f"weights-{preset}.json"
+        if not path.is_file():
+            rows = pipeline.error_table(study.model, study.tasks[0], CompressionConfig(preset), KSVDConfig(iterations))
+            replace_file(path, (json.dumps(rows, indent=1) + "\n").encode())
