@@ -3,8 +3,7 @@
     python tests/load/blocking.py MODELS [--seconds 10]
 
 A probe asks every 10 ms over a connection of its own, first of a service that does nothing, then of one that always has
-such a text
-in flight. MODELS holds both tasks.
+such a text in flight. MODELS holds both tasks.
 """
 
 from __future__ import annotations
@@ -22,14 +21,15 @@ EVERY_SECONDS = 0.01
 WORDS = "the film is good and clara lives in berkeley "
 MEGABYTE = WORDS * (1_000_000 // len(WORDS))
 TRUNCATED = {"truncation": "right"}
-# Each is tokenized to its end; the first alone is answered, cut; of the others there are more windows than allowed.
+# Each is tokenized to its end. A context of a megabyte is answered too, or has more windows than allowed: that depends on
+# the model's.
 BODIES = [
-    ("/classify", {"inputs": MEGABYTE, "parameters": TRUNCATED}, 200),
-    ("/classify", {"inputs": "x" * 1_000_000, "parameters": TRUNCATED}, 200),
-    ("/classify", {"inputs": "東" * 330_000, "parameters": TRUNCATED}, 200),
-    ("/classify", {"inputs": [MEGABYTE[:20_000]] * 50, "parameters": TRUNCATED}, 200),
-    ("/qa", {"inputs": {"question": "who lives in berkeley", "context": MEGABYTE}}, 422),
-    ("/qa", {"inputs": {"question": "who lives in berkeley", "context": MEGABYTE[:60_000]}}, 200),
+    ("/classify", {"inputs": MEGABYTE, "parameters": TRUNCATED}, (200,)),
+    ("/classify", {"inputs": "x" * 1_000_000, "parameters": TRUNCATED}, (200,)),
+    ("/classify", {"inputs": "東" * 330_000, "parameters": TRUNCATED}, (200,)),
+    ("/classify", {"inputs": [MEGABYTE[:20_000]] * 50, "parameters": TRUNCATED}, (200,)),
+    ("/qa", {"inputs": {"question": "who lives in berkeley", "context": MEGABYTE}}, (200, 422)),
+    ("/qa", {"inputs": {"question": "who lives in berkeley", "context": MEGABYTE[:60_000]}}, (200,)),
 ]
 
 
@@ -47,18 +47,18 @@ async def probe(port: int, seconds: float) -> list[float]:
     return took
 
 
-async def press(port: int, path: str, body: object, status: int, stop: asyncio.Event) -> int:
+async def press(port: int, path: str, body: object, statuses: tuple[int, ...], stop: asyncio.Event) -> int:
     count = 0
     while not stop.is_set():
         answer = await ask(port, path, body)
-        assert answer.status == status, answer
+        assert answer.status in statuses, answer
         count += 1
     return count
 
 
-async def both(port: int, path: str, body: object, status: int, seconds: float) -> tuple[list[float], int]:
+async def both(port: int, path: str, body: object, statuses: tuple[int, ...], seconds: float) -> tuple[list[float], int]:
     stop = asyncio.Event()
-    pressing = asyncio.create_task(press(port, path, body, status, stop))
+    pressing = asyncio.create_task(press(port, path, body, statuses, stop))
     took = await probe(port, seconds)
     stop.set()
     return took, await pressing
