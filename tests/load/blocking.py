@@ -21,8 +21,7 @@ EVERY_SECONDS = 0.01
 WORDS = "the film is good and clara lives in berkeley "
 MEGABYTE = WORDS * (1_000_000 // len(WORDS))
 TRUNCATED = {"truncation": "right"}
-# Each is tokenized to its end. A context of a megabyte is answered too, or has more windows than allowed: that depends on
-# the model's.
+# Each is tokenized to its end. Whether a context of a megabyte has more windows than allowed depends on their length.
 BODIES = [
     ("/classify", {"inputs": MEGABYTE, "parameters": TRUNCATED}, (200,)),
     ("/classify", {"inputs": "x" * 1_000_000, "parameters": TRUNCATED}, (200,)),
@@ -56,7 +55,9 @@ async def press(port: int, path: str, body: object, statuses: tuple[int, ...], s
     return count
 
 
-async def both(port: int, path: str, body: object, statuses: tuple[int, ...], seconds: float) -> tuple[list[float], int]:
+async def both(
+    port: int, path: str, body: object, statuses: tuple[int, ...], seconds: float
+) -> tuple[list[float], int]:
     stop = asyncio.Event()
     pressing = asyncio.create_task(press(port, path, body, statuses, stop))
     took = await probe(port, seconds)
@@ -76,8 +77,8 @@ def check(models: Path, seconds: float) -> tuple[float, float]:
     with Served(models, max_windows=1024) as service:
         rest = show("nothing", asyncio.run(probe(service.port, seconds)), 0)
         worst = 0.0
-        for path, body, status in BODIES:
-            made = asyncio.run(both(service.port, path, body, status, seconds))
+        for path, body, statuses in BODIES:
+            made = asyncio.run(both(service.port, path, body, statuses, seconds))
             worst = max(worst, show(f"{path} {str(body)[:40]}", *made))
     return rest, worst
 
