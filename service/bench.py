@@ -29,10 +29,10 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 import kernels
 from service import alone, artifact, peers, plots
 from service.alone import random_rows
-from service.bench_options import Flags, end_in_a_sentence, progress, write_json
+from service.bench_options import Flags, command, progress, write_json
 from service.errors import StartError
 from service.model import OnnxModel
-from service.settings import available_cpus, read_options
+from service.settings import available_cpus
 from service.tokenizer import Row
 
 # Of random tokens, for peers that are quantized: time does not depend on how many.
@@ -332,10 +332,7 @@ def run(options: Options) -> None:
         write_json(options.json_file, report)
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = read_options(Options, argv)
-    with end_in_a_sentence():
-        run(options)
+main = command(Options, run)
 
 
 if __name__ == "__main__":

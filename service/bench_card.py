@@ -19,10 +19,10 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from service import artifact, plots
 from service.bench import Footprint, Measurement, footprints, machine, measure, of_folders
-from service.bench_options import Flags, end_in_a_sentence, write_json
+from service.bench_options import Flags, command, write_json
 from service.errors import StartError
 from service.model import OnnxModel
-from service.settings import available_cpus, read_options
+from service.settings import available_cpus
 
 SMALLEST, LARGEST = 1, 4096
 
@@ -232,10 +232,7 @@ def run(options: Options) -> None:
     print(text, end="")
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = read_options(Options, argv)
-    with end_in_a_sentence():
-        run(options)
+main = command(Options, run)
 
 
 if __name__ == "__main__":

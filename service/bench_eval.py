@@ -26,10 +26,9 @@ from typing import Any
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from service.bench_options import Flags, end_in_a_sentence, progress, write_json
+from service.bench_options import Flags, command, progress, write_json
 from service.client import Client, Server, choose_variants, look, read_key
 from service.errors import StartError
-from service.settings import read_options
 
 # Answers asked for of each question, so that one variant's answer is found among the other's.
 TOP_ANSWERS = 5
@@ -336,10 +335,7 @@ def run(options: Options) -> None:
         write_json(options.json_file, {"task": options.task, "url": options.url, **told})
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = read_options(Options, argv)
-    with end_in_a_sentence():
-        run(options)
+main = command(Options, run)
 
 
 if __name__ == "__main__":

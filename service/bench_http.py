@@ -33,11 +33,10 @@ from pydantic_settings import SettingsConfigDict
 
 from service import plots
 from service.bench import quartiles
-from service.bench_options import Flags, end_in_a_sentence, progress, write_json
+from service.bench_options import Flags, command, progress, write_json
 from service.client import NO_ANSWER, Client, Reply, choose_variants, look, read_key
 from service.errors import StartError
 from service.sentences import QUESTIONS, SENTENCES
-from service.settings import read_options
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -329,10 +328,7 @@ def run(options: Options) -> None:
         write_json(options.json_file, {"url": options.url, "facts": facts, "loads": [asdict(row) for row in found]})
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = read_options(Options, argv)
-    with end_in_a_sentence():
-        run(options)
+main = command(Options, run)
 
 
 if __name__ == "__main__":

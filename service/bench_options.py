@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from tqdm import tqdm
 
 from service.errors import BackendFailed, StartError
+from service.settings import read_options
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
@@ -42,6 +43,20 @@ def end_in_a_sentence() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+OwnFlags = TypeVar("OwnFlags", bound=Flags)
+
+
+def command(kind: type[OwnFlags], run: Callable[[OwnFlags], None]) -> Callable[..., None]:
+    """A command's `main`: flags from the words given, else from the command line, and an end in a sentence."""
+
+    def main(argv: list[str] | None = None) -> None:
+        options = read_options(kind, argv)
+        with end_in_a_sentence():
+            run(options)
+
+    return main
 
 
 def progress(total: int, unit: str, done: int = 0) -> Any:

@@ -12,6 +12,7 @@ import kernels
 from service import alone, artifact, bench, peers
 from service.errors import StartError
 from service.model import OnnxModel
+from service.settings import read_options
 
 
 def test_each_folder_is_timed_at_each_shape(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +200,7 @@ def test_more_tokens_than_the_model_takes(models: Path, capsys: pytest.CaptureFi
 def test_options_are_flags_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ROUNDS", "THREADS", "JSON", "SHAPES"):
         monkeypatch.setenv(name, "0")
-    options = bench.read_options(bench.Options, ["--warm-up", "5"])
+    options = read_options(bench.Options, ["--warm-up", "5"])
     assert (options.rounds, options.warm_up, options.json_file) == (20, 5, None)
 
 

@@ -17,6 +17,7 @@ from service import bench_http, bench_main
 from service.bench_http import Turn, summarize, take_turn
 from service.client import NO_ANSWER, Client, Reply, look
 from service.errors import StartError
+from service.settings import read_options
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_texts_and_questions_of_ones_own(served: Served, tmp_path: Path, capsys:
         '{"question": "who lives in berkeley", "context": "clara lives in berkeley", "id": 7}\n'
     )
     files = ["--texts", str(tmp_path / "texts.txt"), "--questions", str(tmp_path / "questions.jsonl")]
-    options = bench_http.read_options(bench_http.Options, files)
+    options = read_options(bench_http.Options, files)
     assert sorted(json.loads(b)["inputs"] for b in bench_http.bodies_of("classify", options)) == [
         "the film is bad",
         "the film is good",
