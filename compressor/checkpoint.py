@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
 from compressor import huggingface
 from compressor.config import ConfigError
-from compressor.factors import WeightFactors
+from compressor.factors import WeightFactors, read_factors
 from compressor.files import replace_file, replaced_folder
 from compressor.layers import materialize
 from compressor.methods import Method, find_method
@@ -124,16 +122,7 @@ def _factors_beside(folder: Path) -> tuple[str | None, list[WeightFactors]]:
     if not path.is_file():
         return None, []
     try:
-        with safe_open(str(path), "np") as file:
-            about = file.metadata()
-            method = about.get("method", "ds")  # files of before there were others do not name it
-            parts: dict[int, dict[str, Any]] = defaultdict(dict)
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                number, _, part = name.partition(".")
-                parts[int(number)][part] = file.get_tensor(name)
-            kind = find_method(method).factors_type
-            members = enumerate(json.loads(about["members"]))
-            return method, [kind.from_tensors(names, parts[i]) for i, names in members]
+        return read_factors(path, lambda method: find_method(method).factors_type)
     except Exception as error:
         raise ConfigError(f"{path} is broken: {first_line(error)}; compress the model again") from error
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressor.allocation import allocate, candidates_of
@@ -42,13 +40,6 @@ log = logging.getLogger(__name__)
 
 # How much smaller than --ratio asks a checkpoint may be that is trained on under that name.
 _SAME_RATIO = 1.1
-
-
-@dataclass(frozen=True)
-class StartingFactors(Factors):
-    """Fresh factors of weights other than the layer's own; ``target`` (M, N) float32 is what is trained (W')."""
-
-    target: NDArray[np.float32] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -163,9 +154,8 @@ class DenseSparse:
                 gram = grams[spec.names[0]].to(weight.device)
                 start = factorize_outputs(weight, sizes, self.ksvd, gram, advance)
                 found = start.factorization
-                arrays = _arrays(found.dictionary, found.indices, found.values, start.metric)
-                (target,) = _arrays(start.target)
-                factors.append(StartingFactors(spec.names, *arrays, target=target))
+                arrays = _arrays(found.dictionary, found.indices, found.values, start.metric, start.target)
+                factors.append(Factors(spec.names, *arrays))
                 error = relative_output_error(weight, found.dense(), gram)
                 log.info("%s: outputs are off by %.4f of their norm", factors[-1].name, error)
         return factors
@@ -191,7 +181,7 @@ class DenseSparse:
                 )
             )
             metrics.append(None if factor.metric is None else torch.from_numpy(factor.metric).to(device))
-            if isinstance(factor, StartingFactors):
+            if factor.target is not None:
                 _set_weights(model, spec.names, torch.from_numpy(factor.target))
         for stack in attach(model, plan, starts, metrics):
             if schedule == "ft-f-ft":

@@ -5,13 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
 
+from compressor.files import replace_file
 from compressor.graph import ModelProto, Storage, as_stored, put_chains
 
 
@@ -55,6 +61,27 @@ def ratio(factors: Sequence[WeightFactors]) -> float:
     """The compression ratio by eq. 11 over all their weights; 1 of nothing."""
     bits = sum(factor.bits for factor in factors)
     return 32 * sum(factor.n_weights for factor in factors) / bits if bits else 1.0
+
+
+def write_factors(path: Path, factors: Sequence[WeightFactors], method: str) -> None:
+    """A safetensors file of what ``method`` made, for :func:`read_factors`."""
+    named = ((f"{i}.{name}", array) for i, each in enumerate(factors) for name, array in each.tensors().items())
+    tensors = {name: np.ascontiguousarray(array) for name, array in named}  # others are written in a wrong order
+    members = json.dumps([each.members for each in factors])
+    replace_file(path, save(tensors, {"method": method, "members": members}))
+
+
+def read_factors(path: Path, kind: Callable[[str], type[WeightFactors]]) -> tuple[str, list[WeightFactors]]:
+    """The method's name and its factors, ``kind`` being their type by that name."""
+    with safe_open(str(path), "np") as file:
+        about = file.metadata()
+        method = about.get("method", "ds")  # files of before there were others do not name it
+        parts: dict[int, dict[str, Any]] = defaultdict(dict)
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            number, _, part = name.partition(".")
+            parts[int(number)][part] = file.get_tensor(name)
+        members = enumerate(json.loads(about["members"]))
+        return method, [kind(method).from_tensors(names, parts[i]) for i, names in members]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class Factors:
 
     members: names of the nn.Linear modules whose weights are stacked in it, in row order: query, key and value,
     or a single one. dictionary (N/B, K, B) float32; indices (N/B, M, S) int, values (N/B, M, S) float32. metric
-    (N/B, B, B) float32 or None: what the weights are coded in while they are trained; no graph has it.
+    (N/B, B, B) float32 or None: what the weights are coded in while they are trained. target (M, N) float32 or None:
+    fresh factors are of these weights, which are trained in place of the layers' own. No graph has either.
     """
 
     custom_op: ClassVar[bool] = True
@@ -66,6 +67,7 @@ class Factors:
     indices: NDArray[np.integer]
     values: NDArray[np.float32]
     metric: NDArray[np.float32] | None = None
+    target: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         blocks, atoms, _ = self.dictionary.shape
@@ -107,18 +109,18 @@ class Factors:
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """What a checkpoint keeps; indices as small as PyTorch knows them all."""
-        metric = {} if self.metric is None else {"metric": self.metric}
+        others = {"metric": self.metric, "target": self.target}
         n_atoms = self.dictionary.shape[1]
         return {
             "dictionary": self.dictionary,
             "indices": self.indices.astype(np.uint8 if n_atoms <= 256 else np.int16 if n_atoms <= 32768 else np.int32),
             "values": self.values,
-            **metric,
+            **{name: array for name, array in others.items() if array is not None},
         }
 
     @classmethod
     def from_tensors(cls, members: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> "Factors":
-        parts = (tensors.get(name) for name in ("dictionary", "indices", "values", "metric"))
+        parts = (tensors.get(name) for name in ("dictionary", "indices", "values", "metric", "target"))
         return cls(tuple(members), *parts)  # type: ignore[arg-type]
 
     def dense(self) -> NDArray[np.float32]:

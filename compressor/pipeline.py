@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +40,7 @@ from compressor.ksvd import factorize, relative_error, svd_error
 from compressor.layers import StackSpec, head_size, stacked_weight
 from compressor.methods import Method, dense_weights, find_schedule, relative_errors
 from compressor.progress import progress
+from compressor.starts import start_of
 from compressor.stf import plan_model
 from compressor.tasks import Task, find_task
 from compressor.train import TrainResult, train
@@ -171,12 +173,14 @@ def compress(
     teacher: str | None = None,
     resume: bool = False,
     measure: bool = True,
+    starts: Path | None = None,
 ) -> Record:
     """Factorize the fine-tuned checkpoint ``source`` by ``method`` and train what comes of it into ``output``.
 
     A checkpoint that is factorized already is trained further from its own factors. ``schedule``: one of the method's,
     by default its first. ``teacher``: the checkpoint to learn from besides the task; by default the dense ``source``
-    as it was.
+    as it was. ``starts``: a folder that keeps factors for other runs (starts.py); by default they are kept until the
+    run ends.
     """
     task = data.resolve()
     schedule = find_schedule(method, schedule)
@@ -197,7 +201,10 @@ def compress(
     undecided = method
     method = processes.from_first(lambda: undecided.settle(model, loaded.factors, calibration, memory))
     plan = method.plan(model)
-    factors: Sequence[Any] = loaded.factors or processes.from_first(lambda: method.factorize(model, plan, calibration))
+    kept = starts or _beside(output, "starts")
+    factors: Sequence[Any] = loaded.factors or processes.from_first(
+        lambda: start_of(kept, method, model, plan, calibration)
+    )
     weights = dense_weights(model, factors)
     method.attach(model, plan, factors, schedule)
     errors = _errors_of(before) if loaded.factors else relative_errors(model, factors, weights)
@@ -321,6 +328,7 @@ def _finish(
             checkpoint.save_record(output, record)
         for name in ("training.pt", "sizes.json"):
             _beside(output, name).unlink(missing_ok=True)
+        shutil.rmtree(_beside(output, "starts"), ignore_errors=True)
         return record
 
     return processes.from_first(finished)

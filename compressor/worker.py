@@ -234,7 +234,9 @@ def _do(study: Study, run: Run, ratios: Mapping[tuple[str, str], float]) -> None
         ratio = ratios.get((run.task, run.size))
         method = find_method(run.variant.method).from_options(options_of(run.variant, run.size, ratio, run.seed))
         reference, schedule = str(study.work / dense.name), run.variant.schedule
-        record = pipeline.compress(reference, source, method, config, folder, schedule=schedule, resume=True)
+        record = pipeline.compress(
+            reference, source, method, config, folder, schedule=schedule, resume=True, starts=study.work / "starts"
+        )
     headline = find_task(run.task).metric_names[0]
     score = record.metrics[headline]
     row = {
