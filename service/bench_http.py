@@ -8,8 +8,8 @@ that noise hits whoever happens to run. A speed-up is of two turns of one round.
 - open loop (`--rate`): requests come at random times of that rate, whether or not there are answers, as from many
   independent users. A request's time runs from the moment it was due, so waiting for a free connection counts.
 
-Beside the clients' times stands the mean of the service's own, from its /metrics before and after. It leaves out what
-client and network add to both variants alike, which makes their ratio smaller, and is what a dashboard shows.
+Beside the clients' times stand the service's own, from the header Server-Timing of each answer. They leave out what
+client and network add to both variants alike, which makes their ratio smaller, and are what a dashboard shows.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families as parse
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
@@ -37,8 +36,6 @@ from service.bench_options import Flags, command, progress, write_json
 from service.client import NO_ANSWER, Client, Reply, choose_variants, look, read_key
 from service.errors import StartError
 from service.sentences import QUESTIONS, SENTENCES
-
-PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 class Options(Flags):
@@ -75,25 +72,39 @@ class Turn:
     def milliseconds(self) -> list[float]:
         return [1000 * reply.seconds for reply in self.replies if reply.ok]
 
+    @property
+    def service_milliseconds(self) -> list[float]:
+        return [1000 * reply.service_seconds for reply in self.replies if reply.ok and reply.service_seconds]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one variant's requests, and its speed-up: the first variant's median over this one's, round by
+    round, median and quartiles (None where no round has both)."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    speedup: float | None
+    speedup_quartiles: tuple[float, float] | None
+
 
 @dataclass(frozen=True)
 class Load:
-    """One variant under load, all rounds together. None where no request was answered.
+    """One variant under load, all rounds together.
 
-    errors: requests by status ("no answer" where the connection failed). speedup: the first variant's median over
-    this one's, round by round: median and quartiles. service_milliseconds: the mean that /metrics has of the time from
-    a request's arrival to its answer, of all the service's clients.
+    errors: requests by status ("no answer" where the connection failed). client: as the clients saw them; service: from
+    a request's arrival to its answer, as the service says. None where no request was answered, or it does not say.
     """
 
     task: str
     variant: str
     requests: int
     errors: dict[str, int]
-    milliseconds: dict[str, float] | None  # p50, p90, p99, mean
     requests_per_second: float
-    speedup: float | None
-    speedup_quartiles: tuple[float, float] | None
-    service_milliseconds: float | None
+    client: Times | None
+    service: Times | None
 
 
 def bodies_of(task: str, options: Options) -> list[bytes]:
@@ -160,7 +171,7 @@ def take_turn(
                 time.sleep(max(0.0, due - time.perf_counter()))
             reply = client.post(path, body)
             seconds = reply.seconds if closed else time.perf_counter() - due
-            replies.append(Reply(reply.status, seconds))
+            replies.append(replace(reply, seconds=seconds, content=b""))
             done()
 
     threads = [threading.Thread(target=send, args=(client,), daemon=True) for client in clients]
@@ -184,39 +195,14 @@ def drain(waiting: queue.SimpleQueue[Any]) -> None:
         return
 
 
-def durations(client: Client, task: str) -> dict[tuple[str, str], float]:
-    """Sum (seconds) and count of the task's requests so far by (variant, "sum" or "count"), as /metrics has them."""
-    reply = client.get("/metrics")
-    if not reply.ok:
-        return {}
-    name = "dsformer_request_duration_seconds"
-    (family,) = (each for each in parse(reply.content.decode()) if each.name == name)
-    return {
-        (sample.labels["variant"], sample.name.removeprefix(f"{name}_")): sample.value
-        for sample in family.samples
-        if sample.labels["task"] == task and not sample.name.endswith("_bucket")
-    }
-
-
-def mean_between(
-    before: Mapping[tuple[str, str], float], after: Mapping[tuple[str, str], float], variant: str
-) -> float | None:
-    """Milliseconds; None where nothing was answered in between."""
-    seconds, count = (after.get((variant, part), 0) - before.get((variant, part), 0) for part in ("sum", "count"))
-    return 1000 * seconds / count if count > 0 else None
-
-
 def measure(
     clients: Sequence[Client], task: str, variants: Sequence[str], bodies: Sequence[bytes], options: Options, bar: Any
-) -> tuple[dict[str, list[Turn]], dict[str, float | None]]:
-    """The turns of every variant, warm-up left out, and the service's own mean milliseconds."""
+) -> dict[str, list[Turn]]:
+    """The turns of every variant, warm-up left out."""
     turns: dict[str, list[Turn]] = {variant: [] for variant in variants}
     endless = cycle(bodies)
     gaps = random.Random(options.seed)
-    before: dict[tuple[str, str], float] = {}
     for number in range(options.warm_up + options.rounds):
-        if number == options.warm_up:
-            before = durations(clients[0], task)
         chosen = list(islice(endless, options.requests))  # the same for all variants of a round
         times = [gaps.expovariate(options.rate) if options.rate else 0.0 for _ in chosen]
         for variant in variants[:: -1 if number % 2 else 1]:
@@ -226,39 +212,44 @@ def measure(
                 turns[variant].append(turn)
             elif all(reply.status == NO_ANSWER for reply in turn.replies):
                 raise StartError("The service has stopped answering.")
-    after = durations(clients[0], task)
-    return turns, {variant: mean_between(before, after, variant) for variant in variants}
+    return turns
 
 
-def summarize(task: str, turns: Mapping[str, Sequence[Turn]], own_means: Mapping[str, float | None]) -> list[Load]:
+def summarize(task: str, turns: Mapping[str, Sequence[Turn]]) -> list[Load]:
     """One line a variant; ratios are to the first."""
     first = next(iter(turns.values()))
     found = []
     for variant, own in turns.items():
-        times = sorted(ms for turn in own for ms in turn.milliseconds)
         statuses = [reply.status for turn in own for reply in turn.replies if not reply.ok]
-        errors = Counter("no answer" if status == NO_ANSWER else str(status) for status in statuses)
-        ratios = [
-            statistics.median(one.milliseconds) / statistics.median(mine.milliseconds)
-            for one, mine in zip(first, own, strict=True)
-            if one.milliseconds and mine.milliseconds
-        ]
+        answered = sum(len(turn.replies) for turn in own) - len(statuses)
         found.append(
             Load(
                 task,
                 variant,
                 sum(len(turn.replies) for turn in own),
-                dict(errors),
-                {**{k: percentile(times, q) for k, q in PERCENTILES.items()}, "mean": statistics.fmean(times)}
-                if times
-                else None,
-                len(times) / sum(turn.seconds for turn in own),
-                statistics.median(ratios) if ratios else None,
-                quartiles(ratios) if ratios else None,
-                own_means.get(variant),
+                dict(Counter("no answer" if status == NO_ANSWER else str(status) for status in statuses)),
+                answered / sum(turn.seconds for turn in own),
+                times_of([turn.milliseconds for turn in first], [turn.milliseconds for turn in own]),
+                times_of([turn.service_milliseconds for turn in first], [turn.service_milliseconds for turn in own]),
             )
         )
     return found
+
+
+def times_of(first: Sequence[Sequence[float]], own: Sequence[Sequence[float]]) -> Times | None:
+    """Of milliseconds by round, the first variant's and this one's."""
+    ordered = sorted(chain.from_iterable(own))
+    if not ordered:
+        return None
+    ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(first, own, strict=True) if a and b]
+    return Times(
+        percentile(ordered, 0.5),
+        percentile(ordered, 0.9),
+        percentile(ordered, 0.99),
+        statistics.fmean(ordered),
+        statistics.median(ratios) if ratios else None,
+        quartiles(ratios) if ratios else None,
+    )
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -271,21 +262,24 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 def table(found: Sequence[Load], facts: Mapping[str, Any]) -> str:
     """The numbers as Markdown."""
-    titles: tuple[str, ...] = ("task", "variant", "p50, ms", "p90", "p99", "mean", "mean in the service")
-    titles = (*titles, "requests/s", "errors", "times as fast (quartiles)")
+    titles = ["task", "variant", "p50, ms", "p90", "p99", "mean", "requests/s", "errors", "times as fast (quartiles)"]
+    titles += ["p50 in the service, ms", "times as fast in the service"]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in found:
-        times = row.milliseconds or {}
-        shown = [f"{times[name]:.2f}" if times else "" for name in (*PERCENTILES, "mean")]
-        shown.append("" if row.service_milliseconds is None else f"{row.service_milliseconds:.2f}")
+        client, service = row.client, row.service
+        times = [f"{ms:.2f}" for ms in (client.p50, client.p90, client.p99, client.mean)] if client else [""] * 4
         errors = ", ".join(f"{count} x {status}" for status, count in row.errors.items()) or "0"
-        ratio = ""
-        if row.speedup is not None and row.speedup_quartiles is not None:
-            ratio = f"{row.speedup:.2f} ({row.speedup_quartiles[0]:.2f} to {row.speedup_quartiles[1]:.2f})"
-        cells = [row.task, row.variant, *shown, f"{row.requests_per_second:.1f}", f"{errors} of {row.requests}", ratio]
+        cells = [row.task, row.variant, *times, f"{row.requests_per_second:.1f}", f"{errors} of {row.requests}"]
+        cells += [ratio(client), f"{service.p50:.2f}" if service else "", ratio(service)]
         lines.append(f"| {' | '.join(cells)} |")
     described = ", ".join(f"{name} {value}" for name, value in facts.items())
     return "\n".join([*lines, "", described])
+
+
+def ratio(times: Times | None) -> str:
+    if times is None or times.speedup is None or times.speedup_quartiles is None:
+        return ""
+    return f"{times.speedup:.2f} ({times.speedup_quartiles[0]:.2f} to {times.speedup_quartiles[1]:.2f})"
 
 
 def run(options: Options) -> None:
@@ -300,13 +294,13 @@ def run(options: Options) -> None:
     chosen = {task: (choose_variants(server, task, options.variants), bodies_of(task, options)) for task in tasks}
     clients = [Client(options.url, key) for _ in range(options.clients)]
     total = (options.warm_up + options.rounds) * options.requests * sum(len(each) for each, _ in chosen.values())
-    turns, own_means = {}, {}
+    turns = {}
     with progress(total, "request") as bar:
         for task, (variants, bodies) in chosen.items():
-            turns[task], own_means[task] = measure(clients, task, variants, bodies, options, bar)
+            turns[task] = measure(clients, task, variants, bodies, options, bar)
     for client in clients:
         client.close()
-    found = [row for task in tasks for row in summarize(task, turns[task], own_means[task])]
+    found = [row for task in tasks for row in summarize(task, turns[task])]
     facts = {
         "load": f"open loop, {options.rate:g} requests/s" if options.rate else "closed loop",
         "clients": options.clients,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,20 @@ from service.errors import StartError
 
 NO_ANSWER = 0  # the status of a request that nobody answered
 TIMEOUT_SECONDS = 120.0
+SERVICE_MILLISECONDS = re.compile(r"total;dur=([\d.]+)")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """status: NO_ANSWER where the connection failed. seconds: from the first byte sent to the last one read."""
+    """status: NO_ANSWER where the connection failed. seconds: from the first byte sent to the last one read.
+
+    service_seconds: from the request's arrival to its answer, as the service says in Server-Timing (None: it does not).
+    """
 
     status: int
     seconds: float
     content: bytes = b""
+    service_seconds: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -75,7 +81,9 @@ class Client:
                 self._connection.request(method, self._base + path, content, self._headers)
                 response = self._connection.getresponse()
                 answer = response.read()
-                return Reply(response.status, time.perf_counter() - began, answer)
+                seconds = time.perf_counter() - began
+                own = SERVICE_MILLISECONDS.search(response.getheader("Server-Timing", ""))
+                return Reply(response.status, seconds, answer, float(own[1]) / 1000 if own else None)
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
                 # A kept connection may have been closed by the other side meanwhile: once more, over a fresh one.

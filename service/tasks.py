@@ -182,7 +182,8 @@ def reply(
     # Counted by edge.py once the answer is on its way.
     request.state.answered = Answered(a.task, a.variant, timings, tokens, truncated, windows)
     total = time.perf_counter() - request.state.began
-    parts = {"tok": timings.tokenize, "queue": timings.queue, "infer": timings.infer, "post": timings.postprocess}
+    stages = {"tok": timings.tokenize, "queue": timings.queue, "infer": timings.infer, "post": timings.postprocess}
+    parts = {**stages, "total": total}
     headers = {
         "X-Model-Variant": a.variant,
         "X-Model-Revision": a.sha256[:12],

@@ -43,12 +43,12 @@ def test_both_tasks_and_variants_in_a_closed_loop(
     ]
     for row in told["loads"]:
         assert (row["requests"], row["errors"]) == (36, {})
-        times = row["milliseconds"]
-        assert 0 < times["p50"] <= times["p90"] <= times["p99"]
         assert row["requests_per_second"] > 0
-        assert 0 < row["service_milliseconds"] < times["mean"]
-        assert row["speedup_quartiles"][0] <= row["speedup"] <= row["speedup_quartiles"][1]
-    assert [row["speedup"] for row in told["loads"] if row["variant"] == "dense"] == [1, 1]
+        for times in (row["client"], row["service"]):
+            assert 0 < times["p50"] <= times["p90"] <= times["p99"]
+            assert times["speedup_quartiles"][0] <= times["speedup"] <= times["speedup_quartiles"][1]
+        assert all(row["service"][name] < row["client"][name] for name in ("p50", "p90", "p99", "mean"))
+    assert [row["client"]["speedup"] for row in told["loads"] if row["variant"] == "dense"] == [1, 1]
     for variant, count in before.items():  # the service itself saw as many: warm-up and rounds of both tasks
         assert served.metric("dsformer_requests_total", outcome="ok", variant=variant) - count == 2 * 4 * 12
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -130,10 +130,11 @@ def test_an_open_loop_counts_the_wait_for_a_connection(slow: str) -> None:
 
 def test_refusals_are_errors_and_not_times(slow: str) -> None:
     turns = [take_turn([Client(slow)], "/x", [b"{}"] * 3, [0.0] * 3, lambda: None) for _ in range(2)]
-    (row,) = summarize("classify", {"dense": turns}, {})
+    (row,) = summarize("classify", {"dense": turns})
     assert (row.requests, row.errors) == (6, {"429": 2})
-    assert row.milliseconds is not None
-    assert row.milliseconds["p50"] >= 50
+    assert row.client is not None
+    assert row.client.p50 >= 50
+    assert row.service is None, "it does not say"
 
 
 def test_a_kept_connection_that_was_closed_meanwhile_is_opened_again(slow: str) -> None:
@@ -153,7 +154,7 @@ def test_percentiles_and_ratios_are_of_one_round() -> None:
     """The second round is twice as slow for both, which leaves the ratio alone."""
 
     def turn(*milliseconds: float) -> Turn:
-        return Turn(0.5, [Reply(200, ms / 1000) for ms in milliseconds])
+        return Turn(0.5, [Reply(200, ms / 1000, service_seconds=ms / 1000 - 0.004) for ms in milliseconds])
 
     failed = Turn(0.5, [Reply(NO_ANSWER, 0.1), Reply(500, 0.1)])
     first, second, third = summarize(
@@ -163,14 +164,17 @@ def test_percentiles_and_ratios_are_of_one_round() -> None:
             "dsformer": [turn(5, 10, 15), turn(10, 20, 30)],
             "nm": [failed, failed],
         },
-        {"dense": 24.0, "dsformer": 12.0, "nm": None},
     )
-    assert second.speedup == pytest.approx(2)
-    assert second.speedup_quartiles == pytest.approx((2, 2))
-    assert first.milliseconds == pytest.approx({"p50": 25, "p90": 50, "p99": 59, "mean": 30})
+    assert first.client is not None
+    assert second.client is not None
+    assert second.service is not None
+    assert second.client.speedup == pytest.approx(2)
+    assert second.client.speedup_quartiles == pytest.approx((2, 2))
+    assert (first.client.p50, first.client.p90, first.client.p99, first.client.mean) == pytest.approx((25, 50, 59, 30))
     assert first.requests_per_second == pytest.approx(6)
-    assert (third.milliseconds, third.speedup, third.errors) == (None, None, {"no answer": 2, "500": 2})
-    assert first.service_milliseconds == 24
+    assert (third.client, third.service, third.errors) == (None, None, {"no answer": 2, "500": 2})
+    # 16 over 6 and 36 over 16: what the clients add to both makes the ratio smaller
+    assert second.service.speedup == pytest.approx((16 / 6 + 36 / 16) / 2)
     assert "2 x no answer, 2 x 500 of 4" in bench_http.table([first, second, third], {})
 
 

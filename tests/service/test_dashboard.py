@@ -17,6 +17,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grafana_types
@@ -194,23 +195,45 @@ class Prometheus:
         return {which: value for which, value in named.items() if not math.isnan(value)}
 
 
-@pytest.fixture
-def watched(models: Path, tmp_path: Path) -> Iterator[tuple[Served, Prometheus]]:
+@contextmanager
+def watched(models: Path, folder: Path) -> Iterator[tuple[Served, Prometheus]]:
     tool("prometheus")
     with Served(models) as service:
-        watching = Prometheus(tmp_path, service.port)
+        watching = Prometheus(folder, service.port)
         until = time.monotonic() + 60
         while not watching.sees("up == 1"):  # what was counted before the first scrape is no rate
-            assert time.monotonic() < until, (tmp_path / "log").read_text()
+            assert time.monotonic() < until, (folder / "log").read_text()
             time.sleep(0.2)
         yield service, watching
         watching.process.terminate()
         watching.process.wait(30)
 
 
+@pytest.fixture
+def watched_tiny(models: Path, tmp_path: Path) -> Iterator[tuple[Served, Prometheus]]:
+    with watched(models, tmp_path) as both:
+        yield both
+
+
 @pytest.mark.slow
-def test_every_expression_has_data_while_there_is_traffic(watched: tuple[Served, Prometheus]) -> None:
-    service, prometheus = watched
+def test_the_load_tool_sees_the_same_speedup(tmp_path: Path) -> None:
+    """The service's own times, exact there and from a histogram here, of the models that come with it."""
+    report = tmp_path / "report.json"
+    with watched(DEPLOY / "models", tmp_path) as (service, prometheus):
+        url = f"http://127.0.0.1:{service.port}"
+        bench_main.main(["http", "--url", url, "--rounds", "20", "--warm-up", "1", "--json", str(report)])
+        time.sleep(3)
+        seen = prometheus.values("dsformer:speedup:p50")
+    for row in json.loads(report.read_text())["loads"]:
+        if row["variant"] != "dense":
+            told, shown = row["service"]["speedup"], seen[row["task"], row["variant"]]
+            print(f"{row['task']}: {told:.3f} by the load tool, {shown:.3f} by Prometheus")
+            assert shown == pytest.approx(told, rel=0.05)
+
+
+@pytest.mark.slow
+def test_every_expression_has_data_while_there_is_traffic(watched_tiny: tuple[Served, Prometheus]) -> None:
+    service, prometheus = watched_tiny
     url = f"http://127.0.0.1:{service.port}"
     known = compares(service.get("/openapi.json")[1])
     wanted = [*filter(known, [*expressions(), *RECORDED])]
