@@ -112,23 +112,37 @@ def _score_table(places: Mapping[Place, Sequence[Row]], tasks: Sequence[str]) ->
 
 
 def _pieces(rows: Sequence[Row]) -> str:
-    """Each option of ds alone: against plain ds of the same task, seed and size."""
-    plain = {(row["task"], row["seed"], row["size"]): row for row in rows if row["method"] == "ds"}
-    gains: dict[Place, list[float]] = defaultdict(list)
-    minutes: dict[Place, list[float]] = defaultdict(list)
-    for row in rows:
-        twin = plain.get((row["task"], row["seed"], row["size"]))
-        if twin and row["method"].startswith("ds:") and row["stage"] != _UNTRAINED:
-            gains[row["method"], row["size"]].append(row["score"] - twin["score"])
-            minutes[row["method"], row["size"]].append(row["minutes"] / twin["minutes"])
+    """What each word of a ds variant moves, against the variant of the same task, seed and size without it."""
+    trained = [row for row in rows if row["method"].partition(":")[0] == "ds" and row["stage"] != _UNTRAINED]
+    known = {(_words(row["method"]), row["task"], row["seed"], row["size"]): row for row in trained}
+    pairs: dict[tuple[str, str, str], list[tuple[Row, Row]]] = defaultdict(list)
+    for (words, *place), row in known.items():
+        for word in words:
+            if twin := known.get((words - {word}, *place)):
+                pairs[word, twin["method"], row["size"]].append((row, twin))
     lines = [
-        [method, size, str(len(found)), _cell(found, "+.2f"), f"{statistics.fmean(minutes[method, size]):.2f}"]
-        for (method, size), found in sorted(gains.items())
+        [
+            *key,
+            ", ".join(sorted({row["task"] for row, _ in found})),
+            _cell([row["score"] - twin["score"] for row, twin in found], "+.2f"),
+            f"{sum(row['minutes'] for row, _ in found) / max(0.1, sum(twin['minutes'] for _, twin in found)):.2f}",
+        ]
+        for key, found in sorted(pairs.items())
     ]
     if not lines:
         return ""
-    text = "Points that one option moves, against `ds` of the same task, seed and size; time relative to it."
-    return f"## Each piece alone\n\n{text}\n\n" + _table(["", "size", "runs", "points", "training time"], lines)
+    text = (
+        "Points that one option moves, against the same without it, of the same task, seed and size; training time "
+        "relative to it, on a machine with other work."
+    )
+    return f"## Each piece alone\n\n{text}\n\n" + _table(
+        ["piece", "added to", "size", "tasks", "points", "time"], lines
+    )
+
+
+def _words(label: str) -> frozenset[str]:
+    """The options of a variant, in no order."""
+    return frozenset(label.split(":")[1:])
 
 
 def _schedules(rows: Sequence[Row], plots: Path) -> str:

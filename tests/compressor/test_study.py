@@ -269,6 +269,20 @@ def test_the_page_has_the_numbers_of_the_rows(study: Study, unbroken: Path, tmp_
     assert before == ((tmp_path / "results.md").read_text(), (tmp_path / "results" / "frontier.svg").read_bytes())
 
 
+def test_a_piece_is_measured_against_the_same_without_it(unbroken: Path, tmp_path: Path) -> None:
+    scores = {"ds": 80.0, "ds:data-aware": 83.0, "ds:pull=1:data-aware": 82.0, "svd": 70.0, "ds:x=1:y=2": 90.0}
+    _, some = min(rows_of(unbroken).items())
+    for i, (method, score) in enumerate(scores.items()):
+        row = {**some, "method": method, "stage": "ft-f-stf", "size": "2x", "score": score, "minutes": 2.0 + i}
+        (tmp_path / "study" / "rows").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "study" / "rows" / f"{i}.json").write_text(json.dumps(row))
+    write_report(tmp_path / "study", tmp_path / "results.md")
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert "| data-aware | ds | 2x | cola | +3.00 | 1.50 |" in lines
+    assert "| pull=1 | ds:data-aware | 2x | cola | -1.00 | 1.33 |" in lines
+    assert sum("| 2x | cola |" in line for line in lines) == 2, "svd has no pieces; nor is there ds:x=1 alone"
+
+
 def test_processes_that_train_together_do_each_run_once(base: Path, data: Path, unbroken: Path, tmp_path: Path) -> None:
     """torchrun with two processes: the rows of one, up to the order of sums."""
     words = command(base, data, tmp_path)[3:]
