@@ -16,6 +16,8 @@ log = logging.getLogger("service")
 
 EXIT_START = 1
 EXIT_ENGINE = 4
+# For a batch whose requests have all left; longer ones are cut off.
+END_SECONDS = 0.2
 # How long one thread may hold the interpreter while others wait; Python's own 5 ms is a request's whole time here.
 SWITCH_SECONDS = 0.001
 
@@ -42,10 +44,11 @@ def main(argv: list[str] | None = None) -> None:
         log.critical(str(error))
         sys.exit(EXIT_START)
     Server(app).run()
-    if app.state.service.lifecycle.crashed:
-        # A thread that hangs in native code would hang or crash an orderly end.
+    crashed = app.state.service.lifecycle.crashed
+    if crashed or not app.state.service.engine.has_ended(END_SECONDS):
+        # A thread that is in native code, in a long batch or for ever, would hang or crash an orderly end.
         logging.shutdown()
-        os._exit(EXIT_ENGINE)
+        os._exit(EXIT_ENGINE if crashed else 0)
 
 
 if __name__ == "__main__":

@@ -180,6 +180,12 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
+    def has_ended(self, seconds: float) -> bool:
+        """Whether the thread is gone, after it was closed; a batch in progress is waited for so long."""
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def _submit(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         if self._loop is None:
             self._loop = loop

@@ -36,7 +36,8 @@ class Served:
         self._module = module
         self.log = ""
 
-    def start(self) -> Served:
+    def start(self, until: str = "/readyz") -> Served:
+        """Returns when the probe answers 200."""
         flags = [part for k, v in self._options.items() for part in ("--" + k.replace("_", "-"), str(v))]
         kept = {name: value for name, value in os.environ.items() if not name.startswith("DSFORMER_")}
         kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "load"), kept.get("PYTHONPATH", "")])
@@ -44,7 +45,7 @@ class Served:
             [sys.executable, "-m", self._module, *flags], cwd=ROOT, env=kept, stderr=subprocess.PIPE, text=True
         )
         deadline = time.monotonic() + START_SECONDS
-        while self.get("/readyz")[0] != 200:
+        while self.get(until)[0] != 200:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
                 raise AssertionError(f"the service did not get ready: {self.process.communicate()[1]}")

@@ -17,11 +17,21 @@ import fuzz
 import overload
 import pytest
 import soak
-from harness import Served, ask
+from harness import ROOT, Served, ask
 
 
 def test_sigterm_under_load_loses_no_request(models: Path) -> None:
     endings.check(models / "tiny-classify-dsformer", 2)
+
+
+def test_sigterm_in_a_long_batch_of_the_warm_up() -> None:
+    """Inference is in native code then, and must not be torn down under its feet."""
+    service = Served(ROOT / "deploy" / "models" / "sst2-dense", max_batch_tokens=65536).start(until="/livez")
+    began = time.monotonic()
+    while service.metric("process_cpu_seconds_total") < 3 and time.monotonic() - began < 30:
+        time.sleep(0.1)
+    assert service.get("/readyz")[0] == 503
+    assert service.end() == 0, service.log
 
 
 @pytest.mark.slow
