@@ -174,9 +174,12 @@ def _require_possible(study: Study) -> dict[tuple[str, str], float]:
 
 
 def _settings(study: Study, run: Run) -> dict[str, Any]:
-    """What decides a row's numbers besides its name."""
-    settings = {"budget": asdict(study.budget(run.task)), "train": asdict(_train_config(study, run))}
-    return {**settings, "reference": {"fake_quantize": True}} if study.fake_quantize else settings
+    """What decides a row's numbers besides its name; of ``reference``, the dense run it starts from, what is known."""
+    reference: dict[str, Any] = {"fake_quantize": study.fake_quantize}
+    if run.variant and (dense := dense_run(study, run.task, run.seed)):
+        reference["learning_rate"] = dense.learning_rate
+    budget, train = asdict(study.budget(run.task)), asdict(_train_config(study, run))
+    return {"budget": budget, "train": train, "reference": reference}
 
 
 def _require_same(study: Study, runs: Sequence[Run]) -> None:

@@ -26,7 +26,7 @@ from compressor.config import ConfigError
 from compressor.results import write_report
 from compressor.study import Study, parse_variant, planned_runs
 from compressor.tasks import find_task
-from compressor.worker import weight_errors, work_off
+from compressor.worker import dense_run, weight_errors, work_off
 
 METHODS = "ds:iterations=2,svd,nm,ds:iterations=2:schedule=ft-f"
 
@@ -135,6 +135,16 @@ def test_a_killed_study_goes_on_to_the_rows_of_an_unbroken_one(
             running.send_signal(signal.SIGKILL)
     subprocess.run(found, check=True, capture_output=True, env=environment())
     assert scores(tmp_path / "study") == scores(unbroken)
+
+
+def test_rows_of_another_reference_are_refused(study: Study, unbroken: Path) -> None:
+    """A grid whose best is another rate has other teachers."""
+    shutil.copytree(unbroken, study.output)
+    best = dense_run(study, "cola", 0)
+    assert best
+    (other,) = set(study.learning_rates) - {best.learning_rate}
+    with pytest.raises(ConfigError, match=rf"has learning_rate {best.learning_rate:g} there, {other:g} here"):
+        work_off(replace(study, learning_rates=(other,)))
 
 
 def test_two_workers_share_the_runs(base: Path, data: Path, unbroken: Path, tmp_path: Path) -> None:
