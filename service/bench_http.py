@@ -8,6 +8,8 @@ that noise hits whoever happens to run. A speed-up is of two turns of one round.
 - open loop (`--rate`): requests come at random times of that rate, whether or not there are answers, as from many
   independent users. A request's time runs from the moment it was due, so waiting for a free connection counts.
 
+Afterwards /compare is asked how many of the texts get the same answer from all variants.
+
 Beside the clients' times stand the service's own, from the header Server-Timing of each answer. They leave out what
 client and network add to both variants alike, which makes their ratio smaller, and are what a dashboard shows.
 """
@@ -56,6 +58,7 @@ class Options(Flags):
     requests: int = Field(default=50, ge=1, description="Requests of one turn.")
     rounds: int = Field(default=10, ge=1, description="Turns of each variant, for each task.")
     warm_up: int = Field(default=1, ge=0, description="Turns of each variant that are not counted.")
+    compare: int = Field(default=20, ge=0, description="Texts of a task that all variants answer, to see who agrees.")
     seed: int = Field(default=0, ge=0, description="Of the times of an open loop, and of the order of the texts.")
     plot: Path | None = Field(default=None, description="Draw the times' distributions into this file, .svg or .png.")
     json_file: Path | None = Field(default=None, alias="json", description="Write every number here as JSON.")
@@ -96,6 +99,7 @@ class Load:
 
     errors: requests by status ("no answer" where the connection failed). client: as the clients saw them; service: from
     a request's arrival to its answer, as the service says. None where no request was answered, or it does not say.
+    agrees: share of the compared texts that get the first variant's answer (None: nothing was compared).
     """
 
     task: str
@@ -105,6 +109,7 @@ class Load:
     requests_per_second: float
     client: Times | None
     service: Times | None
+    agrees: float | None = None
 
 
 def bodies_of(task: str, options: Options) -> list[bytes]:
@@ -215,6 +220,20 @@ def measure(
     return turns
 
 
+def agreement(client: Client, task: str, bodies: Sequence[bytes], done: Callable[[], object]) -> dict[str, float]:
+    """By variant, the share of the bodies' inputs to which it gives the dense variant's answer."""
+    same: dict[str, list[bool]] = {}
+    for body in bodies:
+        asked = {"task": task, "inputs": json.loads(body)["inputs"], "parameters": {"repeats": 1}}
+        reply = client.post("/compare", json.dumps(asked).encode())
+        if reply.ok:  # a text that is too long for a model is refused, and says nothing
+            for told in reply.json()["variants"]:
+                if told["agrees"] is not None:
+                    same.setdefault(told["variant"], []).append(told["agrees"])
+        done()
+    return {variant: statistics.fmean(found) for variant, found in same.items()}
+
+
 def summarize(task: str, turns: Mapping[str, Sequence[Turn]]) -> list[Load]:
     """One line a variant; ratios are to the first."""
     first = next(iter(turns.values()))
@@ -263,7 +282,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 def table(found: Sequence[Load], facts: Mapping[str, Any]) -> str:
     """The numbers as Markdown."""
     titles = ["task", "variant", "p50, ms", "p90", "p99", "mean", "requests/s", "errors", "times as fast (quartiles)"]
-    titles += ["p50 in the service, ms", "times as fast in the service"]
+    titles += ["p50 in the service, ms", "times as fast in the service", "same answers"]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in found:
         client, service = row.client, row.service
@@ -271,6 +290,7 @@ def table(found: Sequence[Load], facts: Mapping[str, Any]) -> str:
         errors = ", ".join(f"{count} x {status}" for status, count in row.errors.items()) or "0"
         cells = [row.task, row.variant, *times, f"{row.requests_per_second:.1f}", f"{errors} of {row.requests}"]
         cells += [ratio(client), f"{service.p50:.2f}" if service else "", ratio(service)]
+        cells.append("" if row.agrees is None else f"{row.agrees:.0%}")
         lines.append(f"| {' | '.join(cells)} |")
     described = ", ".join(f"{name} {value}" for name, value in facts.items())
     return "\n".join([*lines, "", described])
@@ -293,14 +313,24 @@ def run(options: Options) -> None:
             raise StartError(f"The service has no model for the task {task!r}; it has {', '.join(server.tasks)}.")
     chosen = {task: (choose_variants(server, task, options.variants), bodies_of(task, options)) for task in tasks}
     clients = [Client(options.url, key) for _ in range(options.clients)]
+    compared = {
+        task: bodies[: options.compare] for task, (_, bodies) in chosen.items() if len(server.variants(task)) > 1
+    }
     total = (options.warm_up + options.rounds) * options.requests * sum(len(each) for each, _ in chosen.values())
-    turns = {}
-    with progress(total, "request") as bar:
+    turns, same = {}, {}
+    with progress(total + sum(map(len, compared.values())), "request") as bar:
         for task, (variants, bodies) in chosen.items():
             turns[task] = measure(clients, task, variants, bodies, options, bar)
+        for task, bodies in compared.items():
+            bar.set_description(f"{task} compared", refresh=False)
+            same[task] = agreement(clients[0], task, bodies, bar.update)
     for client in clients:
         client.close()
-    found = [row for task in tasks for row in summarize(task, turns[task])]
+    found = [
+        replace(row, agrees=same.get(task, {}).get(row.variant))
+        for task in tasks
+        for row in summarize(task, turns[task])
+    ]
     facts = {
         "load": f"open loop, {options.rate:g} requests/s" if options.rate else "closed loop",
         "clients": options.clients,
