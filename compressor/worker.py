@@ -219,7 +219,7 @@ def _train_config(study: Study, run: Run) -> TrainConfig:
     }
     if run.variant is None:
         return TrainConfig(epochs=budget.dense_epochs, learning_rate=run.learning_rate, **common)
-    compressing = {"max_steps": budget.steps, "learning_rate": 1e-4, "hidden_weight": 10.0, "omp_interval": 8}
+    compressing = {"max_steps": budget.steps, "learning_rate": 6e-4, "hidden_weight": 10.0, "omp_interval": 8}
     return TrainConfig(**{**common, **compressing, **run.variant.train})
 
 
