@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -88,6 +89,33 @@ def test_links_and_files_exist(page: Path) -> None:
         for word in words:
             if word.startswith(("deploy/", "docs/", "tests/")) and word.endswith((".py", ".yml", "-dense")):
                 assert (ROOT / word).exists(), f"{page.name}: {word}"
+
+
+def test_the_table_of_the_readme_is_that_of_the_cards() -> None:
+    """Quality and the three sizes of the default models."""
+    lines = [line for line in PAGES[0].read_text().splitlines() if line.startswith("| ")]
+    cells = {title.strip(): [cell.strip() for cell in line] for _, title, *line, _ in (row.split("|") for row in lines)}
+
+    def expected(pair: str) -> Iterator[tuple[str, str, str, str]]:
+        card = json.loads((ROOT / "docs" / "cards" / pair / "card.json").read_text())
+        for which in ("dense", "compressed"):
+            told = card[which]
+            scores = [
+                f"{told['metrics'][name]:.2f}" for name in ("accuracy", "f1", "exact_match") if name in told["metrics"]
+            ]
+            quality = scores[0] + "".join(f" ({score})" for score in scores[1:])
+            ratio = "1" if which == "dense" else f"{told['compression_ratio']:.2f}"
+            yield quality, megabytes(told["file_bytes"]), megabytes(told["factorized_bytes"]), ratio
+
+    titles = ("accuracy; F1 (exact match)", "model.onnx", "factorized matrices", "compression by eq. 11")
+    models = [*expected("sst2"), *expected("squad")]
+    for title, wanted in zip(titles, zip(*models, strict=True), strict=True):
+        (found,) = [row for name, row in cells.items() if name.replace("`", "").startswith(title)]
+        assert found == list(wanted), title
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
 
 
 def short() -> list[tuple[str, str]]:
