@@ -1,8 +1,9 @@
 """Many distinct requests at once, of mixed tasks, variants and lengths: each gets the answer that it gets alone.
 
-    python tests/load/concurrency.py MODELS [--requests 10000]
+    python tests/load/concurrency.py MODELS [--requests 10000] [--connections 256]
 
-MODELS holds both tasks in both variants. Batches change the order of float32 sums, so scores may differ by TOLERANCE.
+So many connections are open at once, each with a request; 10000 means that all requests are. MODELS holds both tasks in
+both variants. Batches change the order of float32 sums, so scores may differ by TOLERANCE.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from harness import Answer, Served, ask
 
 CONNECTIONS = 256
+PATIENCE_SECONDS = 1200
 TOLERANCE = 1e-4
 WORDS = ["the", "film", "is", "good", "bad", "clara", "lives", "in", "berkeley", "who", "where", "does", "live", "a"]
 
@@ -50,20 +52,22 @@ async def gather(port: int, requests: list[tuple[str, dict[str, Any]]], connecti
 
     async def one(path: str, body: dict[str, Any]) -> Answer:
         async with limit:
-            return await ask(port, path, body)
+            return await ask(port, path, body, seconds=PATIENCE_SECONDS)
 
     return await asyncio.gather(*(one(path, body) for path, body in requests))
 
 
-def check(models: Path, requests: int) -> None:
+def check(models: Path, requests: int, connections: int = CONNECTIONS) -> None:
     made = distinct(requests)
-    with Served(models, max_queue_tokens=10**9, max_queue_seconds=600) as service:
-        together = asyncio.run(gather(service.port, made, CONNECTIONS))
+    with Served(models, max_queue_tokens=10**9, max_queue_seconds=PATIENCE_SECONDS) as service:
+        together = asyncio.run(gather(service.port, made, connections))
         rows = service.metric("dsformer_batch_items_sum") / service.metric("dsformer_batch_items_count")
         alone = asyncio.run(gather(service.port, made, 1))
     lost = sum(answer.status != 200 for answer in together)
     wrong = sum(differs(a.body, b.body) for a, b in zip(together, alone, strict=True))
-    print(f"{requests} requests: {lost} lost, {wrong} other than alone; {rows:.1f} rows a batch, warm-up included")
+    print(
+        f"{requests} requests, {connections} at once: {lost} lost, {wrong} other than alone; {rows:.1f} rows a batch, warm-up included"
+    )
     assert lost == wrong == 0
 
 
@@ -71,5 +75,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--connections", type=int, default=CONNECTIONS)
     options = parser.parse_args()
-    check(options.models, options.requests)
+    check(options.models, options.requests, options.connections)
