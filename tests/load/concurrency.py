@@ -66,7 +66,8 @@ def check(models: Path, requests: int, connections: int = CONNECTIONS) -> None:
     lost = sum(answer.status != 200 for answer in together)
     wrong = sum(differs(a.body, b.body) for a, b in zip(together, alone, strict=True))
     print(
-        f"{requests} requests, {connections} at once: {lost} lost, {wrong} other than alone; {rows:.1f} rows a batch, warm-up included"
+        f"{requests} requests, {connections} at once: {lost} lost, {wrong} other than alone; "
+        f"{rows:.1f} rows a batch, warm-up included"
     )
     assert lost == wrong == 0
 
