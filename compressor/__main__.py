@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,9 +62,6 @@ Update = Annotated[
     typer.Option(
         "--dictionary-update", help="How K-SVD updates the dictionary; auto keeps the better, block by block."
     ),
-]
-ScheduleName = Annotated[
-    Literal["ft-f-stf", "ft-f-ft"], typer.Option(help="STF, or plain fine-tuning on frozen supports.")
 ]
 MethodName = Annotated[
     Literal["ds", "svd", "fwsvd", "drone", "nm"],
@@ -162,6 +161,14 @@ def _data(task: str, data: Path | None, train_file: Path | None, validation_file
     from compressor.pipeline import Data
 
     return Data(task, data, train_file, validation_file, rows)
+
+
+def _method(values: Mapping[str, Any]) -> Any:
+    """The method that a command's options say, by their names."""
+    from compressor.methods import find_method
+
+    options = MethodOptions(**{option.name: values[option.name] for option in fields(MethodOptions)})
+    return find_method(values["method"]).from_options(options)
 
 
 def _length(length: int, task: str) -> int:
@@ -278,24 +285,8 @@ def compress(
     Several processes do it together when torchrun or accelerate launch starts them.
     """
     from compressor import pipeline
-    from compressor.methods import find_method
 
-    options = MethodOptions(
-        preset=preset,
-        ratio=ratio,
-        gamma=gamma,
-        delta=delta,
-        block_size=block_size,
-        limit_banks=limit_banks,
-        iterations=iterations,
-        dictionary_update=dictionary_update,
-        data_aware=data_aware,
-        order_neurons=order_neurons,
-        pattern=pattern,
-        sparse_decay=sparse_decay,
-        calibration_rows=calibration_rows,
-        seed=seed,
-    )
+    chosen = _method(locals())
     config = TrainConfig(
         **_passes(epochs),
         max_steps=steps,
@@ -320,7 +311,7 @@ def compress(
     record = pipeline.compress(
         model,
         _data(task, data, train_file, validation_file, rows),
-        find_method(method).from_options(options),
+        chosen,
         config,
         output,
         schedule=schedule,
@@ -439,7 +430,9 @@ def run(
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
     rows: Rows = None,
-    preset: Preset = "2.8x",
+    method: MethodName = "ds",
+    preset: MethodPreset = None,
+    ratio: Ratio = None,
     gamma: Gamma = None,
     delta: Delta = None,
     block_size: BlockSize = 0,
@@ -448,8 +441,10 @@ def run(
     dictionary_update: Update = "mod",
     data_aware: DataAware = False,
     order_neurons: OrderNeurons = False,
+    pattern: Pattern = MethodOptions.pattern,
+    sparse_decay: SparseDecay = MethodOptions.sparse_decay,
     calibration_rows: CalibrationRows = MethodOptions.calibration_rows,
-    schedule: ScheduleName = "ft-f-stf",
+    schedule: MethodSchedule = None,
     finetuned: Annotated[bool, typer.Option(help="--model is fine-tuned for this task already.")] = False,
     epochs: Epochs = None,
     learning_rate: Rate = 5e-5,
@@ -476,6 +471,7 @@ def run(
     """Fine-tune, compress, export and measure; run it again after a kill and it goes on where it was."""
     from compressor import pipeline
 
+    chosen = _method(locals())
     dense = TrainConfig(
         **_passes(epochs),
         batch_size=batch_size,
@@ -486,7 +482,7 @@ def run(
         seed=seed,
         evaluate_every=evaluate_every,
     )
-    sparse = TrainConfig(
+    compressing = TrainConfig(
         **_passes(compress_epochs),
         max_steps=compress_steps,
         batch_size=batch_size,
@@ -504,15 +500,13 @@ def run(
     card = pipeline.run(
         model,
         _data(task, data, train_file, validation_file, rows),
-        CompressionConfig(preset, gamma, delta, block_size, limit_banks),
-        KSVDConfig(iterations, dictionary_update, seed, calibration_rows if data_aware else 0),
+        chosen,
         dense,
-        sparse,
+        compressing,
         output,
         work=work,
         dense_output=dense_output,
         finetuned=finetuned,
-        order_neurons=order_neurons,
         schedule=schedule,
         storage=storage,
         embeddings=embeddings,
@@ -520,7 +514,7 @@ def run(
     _show(
         {
             **{f"dense {name}": value for name, value in card["dense"]["metrics"].items()},
-            **{f"dsformer {name}": value for name, value in card["metrics"].items()},
+            **{f"{method} {name}": value for name, value in card["metrics"].items()},
             **card["sizes"],
         },
         str(output),

@@ -17,7 +17,7 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,12 @@ from compressor.calibration import Calibration
 from compressor.checkpoint import Checkpoint, Record
 from compressor.config import CompressionConfig, ConfigError, KSVDConfig, Schedule, TrainConfig
 from compressor.data import Example, Feature, classify_features, complete_task, data_files, load_examples, qa_features
-from compressor.dense_sparse import DenseSparse
 from compressor.evaluate import evaluate_folder, evaluate_model
 from compressor.export import EmbeddingStorage, Storage, export
 from compressor.fake_quantize import on_grid
 from compressor.files import replace_file
 from compressor.ksvd import factorize, relative_error, svd_error
-from compressor.layers import StackSpec, head_size, stacked_weight
+from compressor.layers import StackSpec, stacked_weight
 from compressor.methods import Method, dense_weights, find_schedule, relative_errors
 from compressor.progress import progress
 from compressor.starts import start_of
@@ -398,17 +397,15 @@ def write_card(folder: Path, card: dict[str, Any]) -> None:
 def run(
     source: str,
     data: Data,
-    compression: CompressionConfig,
-    ksvd: KSVDConfig,
+    method: Method,
     dense: TrainConfig,
-    sparse: TrainConfig,
+    compressing: TrainConfig,
     output: Path,
     *,
     work: Path,
     dense_output: Path | None = None,
     finetuned: bool = False,
-    order_neurons: bool = False,
-    schedule: Schedule = "ft-f-stf",
+    schedule: Schedule | None = None,
     storage: Storage = "int8",
     embeddings: EmbeddingStorage | None = None,
 ) -> dict[str, Any]:
@@ -417,25 +414,22 @@ def run(
     Stages leave their folders in ``work``; a stage whose folder is there with the same settings is not run again.
     """
     task = data.resolve()
-    loaded = checkpoint.load(source, task)
-    plan_model(loaded.model, compression)  # settings that do not fit are refused before hours of work
-    if not compression.block_size:
-        compression = replace(compression, block_size=head_size(loaded.model))
-    del loaded
+    schedule = find_schedule(method, schedule)
+    method.plan(checkpoint.load(source, task).model)  # settings that do not fit are refused before hours of work
     if finetuned:
         dense_folder = Path(source)
     else:
         dense_folder = work / f"dense-{_digest(source, data, dense)}"
         if not processes.from_first(lambda: checkpoint.load_record(dense_folder)):
             finetune(source, data, dense, dense_folder, resume=True, measure=False)
-    key = _digest(source, data, dense, compression, ksvd, order_neurons, sparse, schedule)
+    key = _digest(source, data, dense, method, compressing, schedule)
     compressed_folder = work / f"compressed-{key}"
     if not processes.from_first(lambda: checkpoint.load_record(compressed_folder)):
         compress(
             str(dense_folder),
             data,
-            DenseSparse(compression, ksvd, order_neurons),
-            sparse,
+            method,
+            compressing,
             compressed_folder,
             schedule=schedule,
             resume=True,

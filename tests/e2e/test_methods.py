@@ -323,3 +323,15 @@ def test_the_command_compresses(data: pipeline.Data, dense: str, tmp_path: Path)
     assert compression["method"] == "drone"
     assert compression["calibration_rows"] == 1
     assert compression["ranks"] == {"32x32": 8, "64x32": 10, "32x64": 10}
+
+
+def test_one_command_for_every_method(data: pipeline.Data, dense: str, tmp_path: Path) -> None:
+    words = ["run", "--model", dense, "--finetuned", "--task", "classify", "--train-file", str(data.train_file)]
+    words += ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--method", "svd", "--ratio", "2"]
+    words += ["--compress-steps", "2"]
+    done = subprocess.run([sys.executable, "-m", "compressor", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {"dense accuracy", "svd accuracy"} <= set(json.loads(done.stdout))
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["compression"]["ratio_target"] == 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dsformer"]["variant"] == "svd"
