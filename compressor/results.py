@@ -55,7 +55,8 @@ def read_rows(study: Path) -> list[Row]:
 def _introduction(rows: Sequence[Row]) -> str:
     cpus = ", ".join(sorted({row["cpu"] for row in rows}))
     minutes = sum(row["minutes"] for row in rows)
-    commands = sorted({row["command"] for row in rows})
+    # The command of any compressed model makes its dense reference, too.
+    commands = sorted({row["command"] for row in rows if row["method"] != "dense"} or {rows[0]["command"]})
     return "\n".join(
         [
             "# Results",
