@@ -30,14 +30,17 @@ def start_of(
     path = folder / f"{digest(method, model, calibration)}.safetensors"
     if path.is_file():
         try:
-            factors = read_factors(path, lambda _: method.factors_type)[1]
+            factors = _read(path, method)
             log.info("starting from the factors in %s", path)
             return factors
         except Exception as error:
             log.warning("%s is broken (%s), so the weights are factorized again", path, error)
-    factors = list(method.factorize(model, plan, calibration))
-    write_factors(path, factors, method.name)
-    return factors
+    write_factors(path, method.factorize(model, plan, calibration), method.name)
+    return _read(path, method)  # as the next run will, for another layout of an array rounds otherwise
+
+
+def _read(path: Path, method: Method) -> list[WeightFactors]:
+    return read_factors(path, lambda _: method.factors_type)[1]
 
 
 def digest(method: Method, model: nn.Module, calibration: Calibration) -> str:

@@ -164,7 +164,15 @@ def test_ctrl_c_keeps_what_was_answered(served: Served, tmp_path: Path) -> None:
     rows.write_text("\n".join(["text\tlabel", *lines]) + "\n")
     command = [sys.executable, "-m", "service.bench_main", "eval", "--task", "classify", "--validation-file", str(rows)]
     command += ["--answers", str(kept), "--url", f"http://127.0.0.1:{served.port}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background of a shell has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     until = time.monotonic() + 60
     while not (kept.exists() and kept.read_text().count("\n") > 5):
         assert time.monotonic() < until
