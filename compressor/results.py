@@ -192,7 +192,7 @@ def _all_runs(rows: Sequence[Row]) -> str:
         [
             row["task"],
             str(row["seed"]),
-            row["method"],
+            row["method"] if row["method"] != "dense" else f"dense, {row['settings']['train']['learning_rate']:g}",
             f"{_ratio([row]):.2f}",
             f"{row['score']:.2f}",
             str(row["train_rows"]),
