@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from fastapi import FastAPI
+
 from service import doctor, logs
 from service.app import create_app
 from service.errors import StartError
@@ -43,12 +45,22 @@ def main(argv: list[str] | None = None) -> None:
     except StartError as error:
         log.critical(str(error))
         sys.exit(EXIT_START)
-    Server(app).run()
-    crashed = app.state.service.lifecycle.crashed
-    if crashed or not app.state.service.engine.has_ended(END_SECONDS):
+    status = serve(app)
+    service = app.state.service
+    if service.lifecycle.crashed or not service.engine.has_ended(END_SECONDS):
         # A thread that is in native code, in a long batch or for ever, would hang or crash an orderly end.
         logging.shutdown()
-        os._exit(EXIT_ENGINE if crashed else 0)
+        os._exit(EXIT_ENGINE if service.lifecycle.crashed else status)
+    sys.exit(status)
+
+
+def serve(app: FastAPI) -> int:
+    """Until the service ends; returns the exit status, which uvicorn raises where it cannot listen."""
+    try:
+        Server(app).run()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import overload
 import pytest
 import soak
 from harness import ROOT, Served, ask
+from uvicorn.main import STARTUP_FAILURE
 
 
 def test_sigterm_under_load_loses_no_request(models: Path) -> None:
@@ -32,6 +34,14 @@ def test_sigterm_in_a_long_batch_of_the_warm_up() -> None:
         time.sleep(0.1)
     assert service.get("/readyz")[0] == 503
     assert service.end() == 0, service.log
+
+
+def test_a_port_in_use_is_seen_in_a_long_batch_of_the_warm_up() -> None:
+    """The same, where the service ends because it cannot listen."""
+    service = Served(ROOT / "deploy" / "models" / "sst2-dense", max_batch_tokens=65536)
+    with socket.create_server(("127.0.0.1", service.port)), pytest.raises(AssertionError, match="already in use"):
+        service.start(until="/livez")
+    assert service.process.returncode == STARTUP_FAILURE
 
 
 @pytest.mark.slow
