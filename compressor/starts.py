@@ -7,7 +7,6 @@ they train start from the same factors. A file is named by all that decides what
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,8 +48,10 @@ def digest(method: Method, model: nn.Module, calibration: Calibration) -> str:
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
         found.update(tensor.detach().cpu().numpy().tobytes())
-    found.update(json.dumps([calibration.task.name, calibration.batch_size, calibration.seed]).encode())
+    found.update(f"{calibration.task.name} {calibration.batch_size} {calibration.seed}".encode())
     for feature in calibration.features:
         for name, values in sorted(feature.items()):
-            found.update(f"{name} {np.asarray(values).tolist()}".encode())
+            array = np.asarray(values)
+            found.update(f"{name} {array.dtype} {array.shape}".encode())
+            found.update(array.tobytes())
     return found.hexdigest()[:32]

@@ -2,7 +2,7 @@
 
 Runs that have their row are not run again, so a killed study goes on where it was and may be widened later. Workers on
 one folder claim a run by a lock, which their death releases. The checkpoints of dense references are kept, since they
-teach the others; of a compressed model only its numbers are.
+teach the others, and so are the factors to start from (starts.py); of a compressed model only its numbers are.
 """
 
 from __future__ import annotations

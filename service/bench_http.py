@@ -99,7 +99,7 @@ class Load:
 
     errors: requests by status ("no answer" where the connection failed). client: as the clients saw them; service: from
     a request's arrival to its answer, as the service says. None where no request was answered, or it does not say.
-    agrees: share of the compared texts that get the first variant's answer (None: nothing was compared).
+    agrees: share of the compared texts that get the dense variant's answer (None: nothing was compared).
     """
 
     task: str

@@ -200,13 +200,15 @@ def watched(models: Path, folder: Path) -> Iterator[tuple[Served, Prometheus]]:
     tool("prometheus")
     with Served(models) as service:
         watching = Prometheus(folder, service.port)
-        until = time.monotonic() + 60
-        while not watching.sees("up == 1"):  # what was counted before the first scrape is no rate
-            assert time.monotonic() < until, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield service, watching
-        watching.process.terminate()
-        watching.process.wait(30)
+        try:
+            until = time.monotonic() + 60
+            while not watching.sees("up == 1"):  # what was counted before the first scrape is no rate
+                assert time.monotonic() < until, (folder / "log").read_text()
+                time.sleep(0.2)
+            yield service, watching
+        finally:
+            watching.process.terminate()
+            watching.process.wait(30)
 
 
 @pytest.fixture
