@@ -36,7 +36,7 @@ from transformers import (
 
 from compressor.data import ClassifyExample, QAExample
 from compressor.evaluate import evaluate_folder, evaluate_model
-from compressor.export import ExportError, Factors, export, usable_positions
+from compressor.export import ExportError, Factors, Storage, export, usable_positions
 from compressor.export import sizes as export_sizes
 from compressor.graph import fuse, put_chains, put_factors, trace
 from compressor.layers import materialize
@@ -455,15 +455,21 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 # --- what goes wrong ----------------------------------------------------------------------------------------
 
 
-def test_a_wrong_export_is_refused_and_the_old_folder_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("storage", "distance"),
+    [("float32", "up to"), ("int16", "a root mean square of"), ("int8", "a root mean square of")],
+)
+def test_a_wrong_export_is_refused_and_the_old_folder_stays(storage: Storage, distance: str, tmp_path: Path) -> None:
     model = make_model("bert")
+    with torch.no_grad():
+        model.classifier.weight.mul_(50)  # logits of a trained model's size
     factors = factorize(model)
-    export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage="float32")
+    export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage=storage)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     name = "bert.encoder.layer.1.output.dense"
     factors[name] = replace(factors[name], values=factors[name].values[:, ::-1])
-    with pytest.raises(ExportError, match="logits differ from PyTorch's by up to"):
-        export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage="float32")
+    with pytest.raises(ExportError, match=f"logits differ from PyTorch's by {distance}"):
+        export(model, make_tokenizer(), factors, tmp_path / "out", config_entry=entry(), storage=storage)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
