@@ -90,7 +90,8 @@ CalibrationRows = Annotated[
     typer.Option(help="Training rows to look at before factorizing (data-aware ds, ds with --ratio, fwsvd, drone)."),
 ]
 DataAware = Annotated[
-    bool, typer.Option(help="Factorize for the layers' outputs on training data, in place of their weights.")
+    bool | None,
+    typer.Option(help="Factorize for the layers' outputs on training data, in place of their weights; default of ds."),
 ]
 OrderNeurons = Annotated[
     bool,
@@ -167,8 +168,10 @@ def _method(values: Mapping[str, Any]) -> Any:
     """The method that a command's options say, by their names."""
     from compressor.methods import find_method
 
-    options = MethodOptions(**{option.name: values[option.name] for option in fields(MethodOptions)})
-    return find_method(values["method"]).from_options(options)
+    given = {option.name: values[option.name] for option in fields(MethodOptions)}
+    if given["data_aware"] is None:
+        given["data_aware"] = values["method"] == "ds"
+    return find_method(values["method"]).from_options(MethodOptions(**given))
 
 
 def _length(length: int, task: str) -> int:
@@ -252,7 +255,7 @@ def compress(
     limit_banks: LimitBanks = True,
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
-    data_aware: DataAware = False,
+    data_aware: DataAware = None,
     order_neurons: OrderNeurons = False,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,
@@ -439,7 +442,7 @@ def run(
     limit_banks: LimitBanks = True,
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
-    data_aware: DataAware = False,
+    data_aware: DataAware = None,
     order_neurons: OrderNeurons = False,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,

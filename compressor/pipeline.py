@@ -191,7 +191,7 @@ def compress(
     method.plan(model)  # what cannot work is refused before any data is read
     training, validation = data.examples(task, config.seed)
     features = features_of(training, loaded.tokenizer, task, config)
-    guide = _teacher(model, teacher, task, config)
+    guide = None if schedule == "ft-f" else _teacher(model, teacher, task, config)
     before = loaded.record if loaded.factors else None
     calibration = Calibration(features, task, pad_id, config.batch_size, config.seed)
     memory = _beside(output, "sizes.json")
@@ -206,7 +206,7 @@ def compress(
     )
     weights = dense_weights(model, factors)
     method.attach(model, plan, factors, schedule)
-    errors = _errors_of(before) if loaded.factors else relative_errors(model, factors, weights)
+    errors = None if loaded.factors else relative_errors(model, factors, weights)
     del weights, factors
     if schedule == "ft-f":
         result = TrainResult(steps=0, kept_step=0, minutes=0.0, loss=math.nan, support_flip_share=0.0)
@@ -232,7 +232,7 @@ def compress(
         seed=config.seed,
         minutes=round(result.minutes + (before.minutes if before else 0), 1),
         train=asdict(config),
-        compression={"method": method.name, **method.describe(plan, errors)},
+        compression={"method": method.name, **((before and before.compression) or method.describe(plan, errors))},
         teacher_metrics=loaded.record.metrics if loaded.record else None,
         versions=versions(),
         extra={
@@ -277,12 +277,6 @@ def _teacher(model: Any, teacher: str | None, task: Task, config: TrainConfig) -
     guide.eval().requires_grad_(False)
     _require_alike(guide, model, config)
     return guide
-
-
-def _errors_of(record: Record | None) -> dict[str, float] | None:
-    """The factorization's errors that a record holds, whatever they are called there."""
-    held = (record.compression if record else None) or {}
-    return held.get("ksvd_relative_error") or held.get("relative_error")
 
 
 def _require_alike(teacher: Any, model: Any, config: TrainConfig) -> None:
