@@ -77,11 +77,21 @@ def _introduction(rows: Sequence[Row]) -> str:
 
 
 def _accuracy(rows: Sequence[Row]) -> str:
-    """Tables 1 and 3, by size; a cell is empty where a method was not run on the task."""
+    """Tables 1 and 3, by size; a cell is empty where a method was not run on the task.
+
+    Variants that were run on some tasks to see what an option does have tables of their own.
+    """
     trained = [row for row in rows if row["method"] != "dense" and row["stage"] != _UNTRAINED]
     if not trained:
         return ""
-    return f"## Accuracy after training\n\n{_score_table(_by_place([*_reference(rows), *trained]), _tasks(rows))}"
+    tasks = _tasks(rows)
+    tried = {(row["method"], row["size"]) for found in _pairs(rows).values() for row, _ in found}
+    places = {
+        place: found
+        for place, found in _by_place([*_reference(rows), *trained]).items()
+        if {row["task"] for row in found} == set(tasks) or not (place in tried or _delta_of(place[0]))
+    }
+    return f"## Accuracy after training\n\n{_score_table(places, tasks)}"
 
 
 def _frontier(rows: Sequence[Row], plots: Path) -> str:
@@ -114,13 +124,6 @@ def _score_table(places: Mapping[Place, Sequence[Row]], tasks: Sequence[str]) ->
 
 def _pieces(rows: Sequence[Row]) -> str:
     """What each word of a ds variant moves, against the variant of the same task, seed and size without it."""
-    trained = [row for row in rows if row["method"].partition(":")[0] == "ds" and row["stage"] != _UNTRAINED]
-    known = {(_words(row["method"]), row["task"], row["seed"], row["size"]): row for row in trained}
-    pairs: dict[tuple[str, str, str], list[tuple[Row, Row]]] = defaultdict(list)
-    for (words, *place), row in known.items():
-        for word in words:
-            if twin := known.get((words - {word}, *place)):
-                pairs[word, twin["method"], row["size"]].append((row, twin))
     lines = [
         [
             *key,
@@ -128,7 +131,7 @@ def _pieces(rows: Sequence[Row]) -> str:
             _cell([row["score"] - twin["score"] for row, twin in found], "+.2f"),
             f"{sum(row['minutes'] for row, _ in found) / max(0.1, sum(twin['minutes'] for _, twin in found)):.2f}",
         ]
-        for key, found in sorted(pairs.items())
+        for key, found in sorted(_pairs(rows).items())
     ]
     if not lines:
         return ""
@@ -141,17 +144,33 @@ def _pieces(rows: Sequence[Row]) -> str:
     )
 
 
+def _pairs(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[tuple[Row, Row]]]:
+    """By word, variant without it and size: the trained ds rows with that word, each beside its twin without."""
+    trained = [row for row in rows if row["method"].partition(":")[0] == "ds" and row["stage"] != _UNTRAINED]
+    known = {(_words(row["method"]), row["task"], row["seed"], row["size"]): row for row in trained}
+    pairs: dict[tuple[str, str, str], list[tuple[Row, Row]]] = defaultdict(list)
+    for (words, *place), row in known.items():
+        for word in words:
+            if twin := known.get((words - {word}, *place)):
+                pairs[word, twin["method"], row["size"]].append((row, twin))
+    return pairs
+
+
 def _words(label: str) -> frozenset[str]:
     """The options of a variant, in no order."""
     return frozenset(label.split(":")[1:])
 
 
 def _schedules(rows: Sequence[Row], plots: Path) -> str:
-    """Figure 4: STF against fine-tuning on frozen supports where few nonzeros make the start inexact."""
+    """Figure 4: STF against fine-tuning on frozen supports where few nonzeros make the start inexact.
+
+    Of variants that name δ; a preset's is one of them where its γ is theirs.
+    """
+    drawn = {(_plain(row), row["task"], *_gamma(row)) for row in rows if _delta_of(row["method"])}
     series: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        about = row["compression"] or {}
-        if "delta" in row["method"] and row["stage"] in ("ft-f-stf", "ft-f-ft"):
+        if row["stage"] in ("ft-f-stf", "ft-f-ft") and (_plain(row), row["task"], *_gamma(row)) in drawn:
+            about = row["compression"]
             nonzeros = round(about["delta"] * about["block_size"])
             series[row["task"], row["stage"]][nonzeros].append(row["score"])
     if not series:
@@ -166,6 +185,22 @@ def _schedules(rows: Sequence[Row], plots: Path) -> str:
     figure = _figure(plots, "schedules.svg", "STF against FT-F-FT by S", lambda axes: draw_schedules(axes, series))
     table = _table(["task", "schedule", *(f"S = {number}" for number in nonzeros)], lines)
     return f"## STF against fine-tuning on frozen supports\n\n{table}\n\n{figure}"
+
+
+def _delta_of(label: str) -> str:
+    """The word of a variant that sets δ, or nothing."""
+    return next((word for word in _words(label) if word.startswith("delta=")), "")
+
+
+def _plain(row: Row) -> frozenset[str]:
+    """The method and the words of a variant, without those of δ and of the schedule."""
+    words = {row["method"].partition(":")[0], *_words(row["method"])}
+    return frozenset(word for word in words if not word.startswith(("delta=", "schedule=")))
+
+
+def _gamma(row: Row) -> list[float]:
+    """γ of each kind of matrix; nothing of methods that have none."""
+    return list((row["compression"] or {}).get("gamma", {}).values())
 
 
 def _weight_errors(weights: Mapping[str, Sequence[Row]], plots: Path) -> str:

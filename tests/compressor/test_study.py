@@ -279,18 +279,53 @@ def test_the_page_has_the_numbers_of_the_rows(study: Study, unbroken: Path, tmp_
     assert before == ((tmp_path / "results.md").read_text(), (tmp_path / "results" / "frontier.svg").read_bytes())
 
 
+def page_of(folder: Path, *rows: dict[str, Any]) -> list[str]:
+    """The lines of the report of these rows."""
+    (folder / "study" / "rows").mkdir(parents=True)
+    for i, row in enumerate(rows):
+        (folder / "study" / "rows" / f"{i}.json").write_text(json.dumps(row))
+    write_report(folder / "study", folder / "results.md")
+    return (folder / "results.md").read_text().splitlines()
+
+
 def test_a_piece_is_measured_against_the_same_without_it(unbroken: Path, tmp_path: Path) -> None:
     scores = {"ds": 80.0, "ds:data-aware": 83.0, "ds:pull=1:data-aware": 82.0, "svd": 70.0, "ds:x=1:y=2": 90.0}
     _, some = min(rows_of(unbroken).items())
-    for i, (method, score) in enumerate(scores.items()):
-        row = {**some, "method": method, "stage": "ft-f-stf", "size": "2x", "score": score, "minutes": 2.0 + i}
-        (tmp_path / "study" / "rows").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "study" / "rows" / f"{i}.json").write_text(json.dumps(row))
-    write_report(tmp_path / "study", tmp_path / "results.md")
-    lines = (tmp_path / "results.md").read_text().splitlines()
+    same = {**some, "stage": "ft-f-stf", "size": "2x"}
+    rows = [
+        {**same, "method": method, "score": score, "minutes": 2.0 + i}
+        for i, (method, score) in enumerate(scores.items())
+    ]
+    lines = page_of(tmp_path, *rows, {**rows[0], "task": "mrpc"}, {**rows[3], "task": "mrpc"})
     assert "| data-aware | ds | 2x | cola | +3.00 | 1.50 |" in lines
     assert "| pull=1 | ds:data-aware | 2x | cola | -1.00 | 1.33 |" in lines
     assert sum("| 2x | cola |" in line for line in lines) == 2, "svd has no pieces; nor is there ds:x=1 alone"
+    scored = lines[lines.index("## Accuracy after training") : lines.index("## Each piece alone")]
+    methods = [line.split(" | ")[0].strip("| ") for line in scored if line.startswith("|")][2:]
+    assert sorted(methods) == ["ds", "ds:x=1:y=2", "svd"], "pieces that were not run on all tasks stand apart"
+
+
+def test_schedules_are_compared_where_gamma_is_the_same(unbroken: Path, tmp_path: Path) -> None:
+    """A preset's row is a point of the curve of δ, if no other option is set and its γ is that of the curve."""
+    _, some = min(rows_of(unbroken).items())
+
+    def row(method: str, score: float, delta: float, gamma: float = 0.125, stage: str = "ft-f-stf") -> dict[str, Any]:
+        compression = {"gamma": {"qkv": gamma}, "delta": delta, "block_size": 32, "ratio_eq11": 3.0}
+        return {**some, "method": method, "score": score, "stage": stage, "compression": compression}
+
+    lines = page_of(
+        tmp_path,
+        row("ds:data-aware:delta=0.0625", 70.0, 0.0625),
+        row("ds:data-aware:delta=0.0625:schedule=ft-f-ft", 60.0, 0.0625, stage="ft-f-ft"),
+        row("ds:data-aware", 75.0, 0.125),
+        row("ds:data-aware", 99.0, 0.28, gamma=0.14),
+        row("ds", 98.0, 0.1875),
+        row("ds:data-aware:pull=1", 97.0, 0.1875),
+    )
+    assert "| task | schedule | S = 2 | S = 4 |" in lines
+    assert "| cola | ft-f-stf | 70.00 | 75.00 |" in lines
+    assert "| cola | ft-f-ft | 60.00 |  |" in lines
+    assert (tmp_path / "results" / "schedules.svg").stat().st_size > 1000
 
 
 def test_processes_that_train_together_do_each_run_once(base: Path, data: Path, unbroken: Path, tmp_path: Path) -> None:
