@@ -28,6 +28,7 @@ def write_report(study: Path, report: Path) -> None:
     weights = {
         path.stem.removeprefix("weights-"): json.loads(path.read_text()) for path in study.glob("weights-*.json")
     }
+    steps = [json.loads(path.read_text()) for path in sorted(study.glob("steps-*.json"))]
     sections = [
         _introduction(rows),
         _accuracy(rows),
@@ -35,6 +36,7 @@ def write_report(study: Path, report: Path) -> None:
         _untrained(rows),
         _pieces(rows),
         _schedules(rows, plots),
+        *(_steps(rows, timed) for timed in steps),
         _weight_errors(weights, plots),
         _all_runs(rows),
     ]
@@ -185,6 +187,39 @@ def _schedules(rows: Sequence[Row], plots: Path) -> str:
     figure = _figure(plots, "schedules.svg", "STF against FT-F-FT by S", lambda axes: draw_schedules(axes, series))
     table = _table(["task", "schedule", *(f"S = {number}" for number in nonzeros)], lines)
     return f"## STF against fine-tuning on frozen supports\n\n{table}\n\n{figure}"
+
+
+def _steps(rows: Sequence[Row], timed: Row) -> str:
+    """What a training step costs, as tests/bench/training.py timed it, and what such steps led to at that size."""
+    reached: dict[tuple[str, str], dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["size"] == timed["preset"] and row["method"].partition(":")[0] == "ds" and row["stage"] != _UNTRAINED:
+            stf = row["stage"] == "ft-f-stf"
+            interval = row["settings"]["train"]["omp_interval"] if stf else None
+            words = [word for word in row["method"].split(":") if not word.startswith(("omp-interval=", "schedule="))]
+            reached[":".join(words), row["task"]][interval].append(row["score"])
+    # Two intervals at least, or there is nothing to compare.
+    reached = {place: found for place, found in reached.items() if len({*found} - {None}) > 1}
+    lines = [
+        [
+            name,
+            f"{step['ms']:.0f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(step["ratio"], *step["quartiles"]),
+            *(
+                "" if name.startswith("plain") else _cell(found.get(step["omp_interval"], []))
+                for found in reached.values()
+            ),
+        ]
+        for name, step in timed["steps"].items()
+    ]
+    text = (
+        f"{timed['model']} at {timed['preset']}, {timed['rows']} rows of {timed['tokens']} tokens, {timed['cpu']}, "
+        f"{timed['threads']} threads{', with a teacher' if timed['distilled'] else ''}; medians of {timed['rounds']} "
+        f"rounds, and ratios with their quartiles. Beside them the scores of the runs that were trained so."
+    )
+    scores = [f"{task}, {method}" for method, task in reached]
+    header = ["step", "ms", "of plain fine-tuning", *scores]
+    return f"## What a step costs\n\n{text}\n\n{_table(header, lines)}"
 
 
 def _delta_of(label: str) -> str:

@@ -32,7 +32,7 @@ from compressor.stf import code_model, factorize_model, solve_dictionaries, stac
 from compressor.tasks import find_task
 from compressor.train import _Loop
 
-INTERVALS = (1, 5, 20, 50)
+INTERVALS = (1, 5, 8, 20, 50)
 TASK = find_task("sst2")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -110,8 +110,13 @@ def steps_by_schedule(taken: Mapping[str, list[float]]) -> dict[str, list[float]
     rows = {"plain fine-tuning": taken["plain"]}
     for interval in INTERVALS:
         pairs = zip(taken["coded"], taken["kept"], strict=True)
-        rows[f"STF, OMP every {interval}"] = [(coded + (interval - 1) * kept) / interval for coded, kept in pairs]
+        rows[stf(interval)] = [(coded + (interval - 1) * kept) / interval for coded, kept in pairs]
     return {**rows, "FT-F-FT": taken["frozen"]}
+
+
+def stf(interval: int) -> str:
+    """The row of STF that codes afresh at every ``interval``-th step."""
+    return f"STF, OMP every {interval}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--distill", action="store_true", help="Learn from a teacher's logits and hidden states too.")
-    parser.add_argument("--json", type=Path, help="Write the figures here as well.")
+    parser.add_argument("--json", type=Path, help="Write the figures here as well (steps-NAME.json in a study).")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     contenders = loops(options)
@@ -154,9 +159,10 @@ def main(argv: list[str] | None = None) -> None:
     print(*(f"{name} {value}" for name, value in about.items()), sep=", ", end="\n\n")
     print("| step | ms | of plain fine-tuning (quartiles) |\n|---|---|---|")
     figures: dict[str, Any] = {"steps": {}, "parts": {}}
+    intervals = {stf(interval): interval for interval in INTERVALS}
     for name, seconds in schedules.items():
         ratios = [own / plain for own, plain in zip(seconds, schedules["plain fine-tuning"], strict=True)]
-        figures["steps"][name] = row(name, seconds, ratios)
+        figures["steps"][name] = {**row(name, seconds, ratios), "omp_interval": intervals.get(name)}
     print("\n| part of a step of STF | ms | of plain fine-tuning (quartiles) |\n|---|---|---|")
     pieces = {"plain": contenders["plain"].advance, **parts(contenders["coded"])}
     for name, seconds in (apart := time_in_turns(pieces, options.rounds, clock)).items():

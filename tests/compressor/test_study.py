@@ -281,7 +281,7 @@ def test_the_page_has_the_numbers_of_the_rows(study: Study, unbroken: Path, tmp_
 
 def page_of(folder: Path, *rows: dict[str, Any]) -> list[str]:
     """The lines of the report of these rows."""
-    (folder / "study" / "rows").mkdir(parents=True)
+    (folder / "study" / "rows").mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(rows):
         (folder / "study" / "rows" / f"{i}.json").write_text(json.dumps(row))
     write_report(folder / "study", folder / "results.md")
@@ -326,6 +326,34 @@ def test_schedules_are_compared_where_gamma_is_the_same(unbroken: Path, tmp_path
     assert "| cola | ft-f-stf | 70.00 | 75.00 |" in lines
     assert "| cola | ft-f-ft | 60.00 |  |" in lines
     assert (tmp_path / "results" / "schedules.svg").stat().st_size > 1000
+
+
+def test_scores_stand_beside_what_a_step_costs(unbroken: Path, tmp_path: Path) -> None:
+    _, some = min(rows_of(unbroken).items())
+
+    def row(method: str, score: float, interval: int = 8, stage: str = "ft-f-stf", size: str = "2x") -> dict[str, Any]:
+        settings = {**some["settings"], "train": {**some["settings"]["train"], "omp_interval": interval}}
+        return {**some, "method": method, "score": score, "stage": stage, "size": size, "settings": settings}
+
+    intervals = {"plain fine-tuning": None, "STF, OMP every 1": 1, "STF, OMP every 8": 8, "FT-F-FT": None}
+    about = {"model": "m", "preset": "2x", "rows": 4, "tokens": 5, "cpu": "c", "threads": 2, "rounds": 3}
+    step = {"ms": 10.4, "ratio": 1.5, "quartiles": [1.25, 1.75]}
+    steps = {name: {**step, "omp_interval": interval} for name, interval in intervals.items()}
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "steps-2x.json").write_text(json.dumps({**about, "distilled": True, "steps": steps}))
+    lines = page_of(
+        tmp_path,
+        row("ds:data-aware", 80.0),
+        row("ds:data-aware:omp-interval=1", 81.0, 1),
+        row("ds:data-aware:omp-interval=1", 99.0, 1, size="2.8x"),
+        row("ds:data-aware:schedule=ft-f-ft", 70.0, stage="ft-f-ft"),
+        row("ds:data-aware:pull=1", 98.0),
+    )
+    assert "| step | ms | of plain fine-tuning | cola, ds:data-aware |" in lines
+    assert "| plain fine-tuning | 10 | 1.50 (1.25 to 1.75) |  |" in lines
+    assert "| STF, OMP every 1 | 10 | 1.50 (1.25 to 1.75) | 81.00 |" in lines
+    assert "| STF, OMP every 8 | 10 | 1.50 (1.25 to 1.75) | 80.00 |" in lines
+    assert "| FT-F-FT | 10 | 1.50 (1.25 to 1.75) | 70.00 |" in lines
 
 
 def test_processes_that_train_together_do_each_run_once(base: Path, data: Path, unbroken: Path, tmp_path: Path) -> None:

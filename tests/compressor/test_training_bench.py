@@ -26,7 +26,7 @@ def test_it_times_every_schedule(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "b.json").read_text())
     assert list(figures["steps"]) == [
         "plain fine-tuning",
-        *(f"STF, OMP every {interval}" for interval in (1, 5, 20, 50)),
+        *(f"STF, OMP every {interval}" for interval in (1, 5, 8, 20, 50)),
         "FT-F-FT",
     ]
     for name, figure in {**figures["steps"], **figures["parts"]}.items():
