@@ -169,23 +169,20 @@ def _schedules(rows: Sequence[Row], plots: Path) -> str:
     Of variants that name δ; a preset's is one of them where its γ is theirs.
     """
     drawn = {(_plain(row), row["task"], *_gamma(row)) for row in rows if _delta_of(row["method"])}
-    series: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    series: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["stage"] in ("ft-f-stf", "ft-f-ft") and (_plain(row), row["task"], *_gamma(row)) in drawn:
             about = row["compression"]
             nonzeros = round(about["delta"] * about["block_size"])
-            series[row["task"], row["stage"]][nonzeros].append(row["score"])
+            series[row["task"], _plain(row), row["stage"]][nonzeros].append(row["score"])
     if not series:
         return ""
-    tasks = sorted({task for task, _ in series})
     nonzeros = sorted({number for found in series.values() for number in found})
     lines = [
-        [task, stage, *(_cell(series[task, stage].get(number, [])) for number in nonzeros)]
-        for task in tasks
-        for stage in ("ft-f-stf", "ft-f-ft")
+        [*place, *(_cell(found.get(number, [])) for number in nonzeros)] for place, found in sorted(series.items())
     ]
     figure = _figure(plots, "schedules.svg", "STF against FT-F-FT by S", lambda axes: draw_schedules(axes, series))
-    table = _table(["task", "schedule", *(f"S = {number}" for number in nonzeros)], lines)
+    table = _table(["task", "method", "schedule", *(f"S = {number}" for number in nonzeros)], lines)
     return f"## STF against fine-tuning on frozen supports\n\n{table}\n\n{figure}"
 
 
@@ -196,8 +193,7 @@ def _steps(rows: Sequence[Row], timed: Row) -> str:
         if row["size"] == timed["preset"] and row["method"].partition(":")[0] == "ds" and row["stage"] != _UNTRAINED:
             stf = row["stage"] == "ft-f-stf"
             interval = row["settings"]["train"]["omp_interval"] if stf else None
-            words = [word for word in row["method"].split(":") if not word.startswith(("omp-interval=", "schedule="))]
-            reached[":".join(words), row["task"]][interval].append(row["score"])
+            reached[_label_without(row, "omp-interval=", "schedule="), row["task"]][interval].append(row["score"])
     # Two intervals at least, or there is nothing to compare.
     reached = {place: found for place, found in reached.items() if len({*found} - {None}) > 1}
     lines = [
@@ -227,10 +223,13 @@ def _delta_of(label: str) -> str:
     return next((word for word in _words(label) if word.startswith("delta=")), "")
 
 
-def _plain(row: Row) -> frozenset[str]:
-    """The method and the words of a variant, without those of δ and of the schedule."""
-    words = {row["method"].partition(":")[0], *_words(row["method"])}
-    return frozenset(word for word in words if not word.startswith(("delta=", "schedule=")))
+def _label_without(row: Row, *words: str) -> str:
+    """The label of a row's variant, without the words that begin so."""
+    return ":".join(word for word in row["method"].split(":") if not word.startswith(words))
+
+
+def _plain(row: Row) -> str:
+    return _label_without(row, "delta=", "schedule=")
 
 
 def _gamma(row: Row) -> list[float]:
@@ -357,13 +356,14 @@ def draw_frontier(axes: Any, points: Mapping[str, Sequence[tuple[float, float]]]
     axes.legend(frameon=False)
 
 
-def draw_schedules(axes: Any, series: Mapping[tuple[str, str], Mapping[int, Sequence[float]]]) -> None:
-    colors = {task: f"C{i}" for i, task in enumerate(sorted({task for task, _ in series}))}
-    for (task, stage), found in sorted(series.items()):
+def draw_schedules(axes: Any, series: Mapping[tuple[str, str, str], Mapping[int, Sequence[float]]]) -> None:
+    """A colour for each task and method; STF drawn through, FT-F-FT dashed."""
+    colors = {place: f"C{i}" for i, place in enumerate(sorted({place[:2] for place in series}))}
+    for (task, method, stage), found in sorted(series.items()):
         numbers = sorted(found)
         means = [statistics.fmean(found[number]) for number in numbers]
         style = "-" if stage == "ft-f-stf" else "--"
-        axes.plot(numbers, means, style, marker="o", color=colors[task], label=f"{task}, {stage}")
+        axes.plot(numbers, means, style, marker="o", color=colors[task, method], label=f"{task}, {method}, {stage}")
     axes.set_xlabel("nonzeros of a row in a block, S")
     axes.set_ylabel("score")
     axes.legend(frameon=False)

@@ -319,12 +319,13 @@ def test_schedules_are_compared_where_gamma_is_the_same(unbroken: Path, tmp_path
         row("ds:data-aware:delta=0.0625:schedule=ft-f-ft", 60.0, 0.0625, stage="ft-f-ft"),
         row("ds:data-aware", 75.0, 0.125),
         row("ds:data-aware", 99.0, 0.28, gamma=0.14),
-        row("ds", 98.0, 0.1875),
+        row("ds:delta=0.09375", 50.0, 0.09375),
         row("ds:data-aware:pull=1", 97.0, 0.1875),
     )
-    assert "| task | schedule | S = 2 | S = 4 |" in lines
-    assert "| cola | ft-f-stf | 70.00 | 75.00 |" in lines
-    assert "| cola | ft-f-ft | 60.00 |  |" in lines
+    assert "| task | method | schedule | S = 2 | S = 3 | S = 4 |" in lines
+    assert "| cola | ds | ft-f-stf |  | 50.00 |  |" in lines
+    assert "| cola | ds:data-aware | ft-f-stf | 70.00 |  | 75.00 |" in lines
+    assert "| cola | ds:data-aware | ft-f-ft | 60.00 |  |  |" in lines
     assert (tmp_path / "results" / "schedules.svg").stat().st_size > 1000
 
 
