@@ -17,6 +17,7 @@ from rich.table import Table
 
 from compressor.config import (
     CLASSIFY_LENGTH,
+    OMP_INTERVAL,
     QA_LENGTH,
     CompressionConfig,
     ConfigError,
@@ -274,7 +275,7 @@ def compress(
     hidden_weight: Hidden = 10.0,
     attention_weight: Attention = 0.0,
     teacher: Teacher = None,
-    omp_interval: Interval = 1,
+    omp_interval: Interval = OMP_INTERVAL,
     pull: Pull = 0.0,
     dictionary_max_grad_norm: DictionaryNorm = 1.0,
     closed_form_share: ClosedForm = 0.0,
@@ -462,7 +463,7 @@ def run(
     seed: Seed = 0,
     distill: Distill = True,
     hidden_weight: Hidden = 10.0,
-    omp_interval: Interval = 1,
+    omp_interval: Interval = OMP_INTERVAL,
     evaluate_every: EvaluateEvery = 0,
     storage: StorageType = "int8",
     embeddings: EmbeddingsType = None,

@@ -18,6 +18,10 @@ CLASSIFY_LENGTH = 128
 QA_LENGTH = 384
 QA_STRIDE = 128
 
+# Steps from one fresh coding to the next. Accuracy hardly depends on it, and coding at every step costs a third more
+# (docs/results.md).
+OMP_INTERVAL = 8
+
 ROLES = ("qkv", "attention_output", "ffn1", "ffn2")
 Role = Literal["qkv", "attention_output", "ffn1", "ffn2"]
 Schedule = Literal["ft-f-stf", "ft-f-ft", "sr-ste", "ft-f"]  # ft-f: factorized and left as it is

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import kernels
 from compressor import checkpoint, pipeline, processes
-from compressor.config import CompressionConfig, ConfigError, KSVDConfig, MethodOptions, TrainConfig
+from compressor.config import OMP_INTERVAL, CompressionConfig, ConfigError, KSVDConfig, MethodOptions, TrainConfig
 from compressor.files import replace_file
 from compressor.methods import find_method
 from compressor.progress import progress
@@ -219,7 +219,12 @@ def _train_config(study: Study, run: Run) -> TrainConfig:
     }
     if run.variant is None:
         return TrainConfig(epochs=budget.dense_epochs, learning_rate=run.learning_rate, **common)
-    compressing = {"max_steps": budget.steps, "learning_rate": 6e-4, "hidden_weight": 10.0, "omp_interval": 8}
+    compressing = {
+        "max_steps": budget.steps,
+        "learning_rate": 6e-4,
+        "hidden_weight": 10.0,
+        "omp_interval": OMP_INTERVAL,
+    }
     return TrainConfig(**{**common, **compressing, **run.variant.train})
 
 
