@@ -131,19 +131,13 @@ def _pieces(rows: Sequence[Row]) -> str:
             *key,
             ", ".join(sorted({row["task"] for row, _ in found})),
             _cell([row["score"] - twin["score"] for row, twin in found], "+.2f"),
-            f"{sum(row['minutes'] for row, _ in found) / max(0.1, sum(twin['minutes'] for _, twin in found)):.2f}",
         ]
         for key, found in sorted(_pairs(rows).items())
     ]
     if not lines:
         return ""
-    text = (
-        "Points that one option moves, against the same without it, of the same task, seed and size; training time "
-        "relative to it, on a machine with other work."
-    )
-    return f"## Each piece alone\n\n{text}\n\n" + _table(
-        ["piece", "added to", "size", "tasks", "points", "time"], lines
-    )
+    text = "Points that one option moves, against the same without it, of the same task, seed and size."
+    return f"## Each piece alone\n\n{text}\n\n" + _table(["piece", "added to", "size", "tasks", "points"], lines)
 
 
 def _pairs(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[tuple[Row, Row]]]:

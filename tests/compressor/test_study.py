@@ -292,13 +292,10 @@ def test_a_piece_is_measured_against_the_same_without_it(unbroken: Path, tmp_pat
     scores = {"ds": 80.0, "ds:data-aware": 83.0, "ds:pull=1:data-aware": 82.0, "svd": 70.0, "ds:x=1:y=2": 90.0}
     _, some = min(rows_of(unbroken).items())
     same = {**some, "stage": "ft-f-stf", "size": "2x"}
-    rows = [
-        {**same, "method": method, "score": score, "minutes": 2.0 + i}
-        for i, (method, score) in enumerate(scores.items())
-    ]
+    rows = [{**same, "method": method, "score": score} for method, score in scores.items()]
     lines = page_of(tmp_path, *rows, {**rows[0], "task": "mrpc"}, {**rows[3], "task": "mrpc"})
-    assert "| data-aware | ds | 2x | cola | +3.00 | 1.50 |" in lines
-    assert "| pull=1 | ds:data-aware | 2x | cola | -1.00 | 1.33 |" in lines
+    assert "| data-aware | ds | 2x | cola | +3.00 |" in lines
+    assert "| pull=1 | ds:data-aware | 2x | cola | -1.00 |" in lines
     assert sum("| 2x | cola |" in line for line in lines) == 2, "svd has no pieces; nor is there ds:x=1 alone"
     scored = lines[lines.index("## Accuracy after training") : lines.index("## Each piece alone")]
     methods = [line.split(" | ")[0].strip("| ") for line in scored if line.startswith("|")][2:]
