@@ -42,9 +42,9 @@ __all__ = ["EmbeddingStorage", "ExportError", "Factors", "Storage", "export"]
 
 FORMAT_VERSION = 1
 
-# Allowed difference of logits from PyTorch's. Float32 differs by the order of its sums, which holds for every logit.
-# Other storage rounds weights, and some tiers round tokens and products too: that is noise, of which a single logit of
-# a few hundred may get much, so its root mean square counts, as a share of the logits' own if that exceeds 1.
+# Largest allowed difference of a logit from PyTorch's. Float32 differs by the order of its sums; other storage rounds
+# weights, and some tiers round tokens and products too: its bound is a share of the largest logit, if that exceeds 1.
+# 8 bits are noise, of which one logit in a few hundred may get much: there it is the root mean square of both.
 _BOUNDS = {"float32": 1e-3, "float16": 1e-2, "int16": 1e-2, "int8": 1e-1}
 
 _OUTPUT_AXES = {
@@ -279,11 +279,9 @@ def _check_outputs(
 def _compare(name: str, expected: NDArray[Any], found: NDArray[Any], storages: Sequence[str]) -> None:
     """storages: of factors and of embeddings; the coarser one bounds the difference."""
     storage = max(storages, key=lambda each: _BOUNDS[each])
-    if storage == "float32":
-        kind, difference, bound = "up to", float(np.abs(expected - found).max()), _BOUNDS[storage]
-    else:
-        kind, bound = "a root mean square of", _BOUNDS[storage] * max(1.0, _rms(expected))
-        difference = _rms(expected - found)
+    kind, size = ("a root mean square of", _root_mean_square) if storage == "int8" else ("up to", _largest)
+    difference = size(expected - found)
+    bound = _BOUNDS[storage] * (1.0 if storage == "float32" else max(1.0, size(expected)))
     if not difference < bound:  # also true of NaN
         raise ExportError(
             f"The exported model's {name} differ from PyTorch's by {kind} {difference:.2g}, "
@@ -291,6 +289,9 @@ def _compare(name: str, expected: NDArray[Any], found: NDArray[Any], storages: S
         )
 
 
-def _rms(values: NDArray[Any]) -> float:
-    """Root mean square, in float64."""
+def _largest(values: NDArray[Any]) -> float:
+    return float(np.abs(values).max())
+
+
+def _root_mean_square(values: NDArray[Any]) -> float:
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

@@ -91,7 +91,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
     places = {
         place: found
         for place, found in _by_place([*_reference(rows), *trained]).items()
-        if {row["task"] for row in found} == set(tasks) or not (place in tried or _delta_of(place[0]))
+        if {row["task"] for row in found} == set(tasks) or not (place in tried or _sets_delta(place[0]))
     }
     return f"## Accuracy after training\n\n{_score_table(places, tasks)}"
 
@@ -142,14 +142,17 @@ def _pieces(rows: Sequence[Row]) -> str:
 
 def _pairs(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[tuple[Row, Row]]]:
     """By word, variant without it and size: the trained ds rows with that word, each beside its twin without."""
-    trained = [row for row in rows if row["method"].partition(":")[0] == "ds" and row["stage"] != _UNTRAINED]
-    known = {(_words(row["method"]), row["task"], row["seed"], row["size"]): row for row in trained}
+    known = {(_words(row["method"]), row["task"], row["seed"], row["size"]): row for row in _trained_ds(rows)}
     pairs: dict[tuple[str, str, str], list[tuple[Row, Row]]] = defaultdict(list)
     for (words, *place), row in known.items():
         for word in words:
             if twin := known.get((words - {word}, *place)):
                 pairs[word, twin["method"], row["size"]].append((row, twin))
     return pairs
+
+
+def _trained_ds(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["method"].partition(":")[0] == "ds" and row["stage"] != _UNTRAINED]
 
 
 def _words(label: str) -> frozenset[str]:
@@ -162,13 +165,14 @@ def _schedules(rows: Sequence[Row], plots: Path) -> str:
 
     Of variants that name δ; a preset's is one of them where its γ is theirs.
     """
-    drawn = {(_plain(row), row["task"], *_gamma(row)) for row in rows if _delta_of(row["method"])}
+    drawn = {_curve(row) for row in rows if _sets_delta(row["method"])}
     series: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["stage"] in ("ft-f-stf", "ft-f-ft") and (_plain(row), row["task"], *_gamma(row)) in drawn:
+        if row["stage"] in ("ft-f-stf", "ft-f-ft") and _curve(row) in drawn:
             about = row["compression"]
             nonzeros = round(about["delta"] * about["block_size"])
-            series[row["task"], _plain(row), row["stage"]][nonzeros].append(row["score"])
+            task, method, *_ = _curve(row)
+            series[task, method, row["stage"]][nonzeros].append(row["score"])
     if not series:
         return ""
     nonzeros = sorted({number for found in series.values() for number in found})
@@ -182,23 +186,20 @@ def _schedules(rows: Sequence[Row], plots: Path) -> str:
 
 def _steps(rows: Sequence[Row], timed: Row) -> str:
     """What a training step costs, as tests/bench/training.py timed it, and what such steps led to at that size."""
-    reached: dict[tuple[str, str], dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["size"] == timed["preset"] and row["method"].partition(":")[0] == "ds" and row["stage"] != _UNTRAINED:
-            stf = row["stage"] == "ft-f-stf"
-            interval = row["settings"]["train"]["omp_interval"] if stf else None
-            reached[_label_without(row, "omp-interval=", "schedule="), row["task"]][interval].append(row["score"])
+    reached: dict[tuple[str, str], dict[tuple[str, int | None], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in _trained_ds(rows):
+        if row["size"] == timed["preset"]:
+            interval = row["settings"]["train"]["omp_interval"] if row["stage"] == "ft-f-stf" else None
+            place = _label_without(row, "omp-interval=", "schedule="), row["task"]
+            reached[place][row["stage"], interval].append(row["score"])
     # Two intervals at least, or there is nothing to compare.
-    reached = {place: found for place, found in reached.items() if len({*found} - {None}) > 1}
+    reached = {place: found for place, found in reached.items() if sum(stage == "ft-f-stf" for stage, _ in found) > 1}
     lines = [
         [
             name,
             f"{step['ms']:.0f}",
             "{:.2f} ({:.2f} to {:.2f})".format(step["ratio"], *step["quartiles"]),
-            *(
-                "" if name.startswith("plain") else _cell(found.get(step["omp_interval"], []))
-                for found in reached.values()
-            ),
+            *(_cell(found.get((step["stage"], step["omp_interval"]), [])) for found in reached.values()),
         ]
         for name, step in timed["steps"].items()
     ]
@@ -212,23 +213,19 @@ def _steps(rows: Sequence[Row], timed: Row) -> str:
     return f"## What a step costs\n\n{text}\n\n{_table(header, lines)}"
 
 
-def _delta_of(label: str) -> str:
-    """The word of a variant that sets δ, or nothing."""
-    return next((word for word in _words(label) if word.startswith("delta=")), "")
+def _sets_delta(label: str) -> bool:
+    return any(word.startswith("delta=") for word in _words(label))
+
+
+def _curve(row: Row) -> tuple[Any, ...]:
+    """What is the same along a curve of δ: task, variant without δ and schedule, γ of each kind of matrix (if any)."""
+    gamma = (row["compression"] or {}).get("gamma", {})
+    return row["task"], _label_without(row, "delta=", "schedule="), *gamma.values()
 
 
 def _label_without(row: Row, *words: str) -> str:
     """The label of a row's variant, without the words that begin so."""
     return ":".join(word for word in row["method"].split(":") if not word.startswith(words))
-
-
-def _plain(row: Row) -> str:
-    return _label_without(row, "delta=", "schedule=")
-
-
-def _gamma(row: Row) -> list[float]:
-    """γ of each kind of matrix; nothing of methods that have none."""
-    return list((row["compression"] or {}).get("gamma", {}).values())
 
 
 def _weight_errors(weights: Mapping[str, Sequence[Row]], plots: Path) -> str:

@@ -159,10 +159,12 @@ def main(argv: list[str] | None = None) -> None:
     print(*(f"{name} {value}" for name, value in about.items()), sep=", ", end="\n\n")
     print("| step | ms | of plain fine-tuning (quartiles) |\n|---|---|---|")
     figures: dict[str, Any] = {"steps": {}, "parts": {}}
-    intervals = {stf(interval): interval for interval in INTERVALS}
+    kinds: dict[str, tuple[str, int | None]] = {"plain fine-tuning": ("finetune", None), "FT-F-FT": ("ft-f-ft", None)}
+    kinds |= {stf(interval): ("ft-f-stf", interval) for interval in INTERVALS}
     for name, seconds in schedules.items():
         ratios = [own / plain for own, plain in zip(seconds, schedules["plain fine-tuning"], strict=True)]
-        figures["steps"][name] = {**row(name, seconds, ratios), "omp_interval": intervals.get(name)}
+        stage, interval = kinds[name]
+        figures["steps"][name] = {**row(name, seconds, ratios), "stage": stage, "omp_interval": interval}
     print("\n| part of a step of STF | ms | of plain fine-tuning (quartiles) |\n|---|---|---|")
     pieces = {"plain": contenders["plain"].advance, **parts(contenders["coded"])}
     for name, seconds in (apart := time_in_turns(pieces, options.rounds, clock)).items():

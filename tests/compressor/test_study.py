@@ -333,10 +333,15 @@ def test_scores_stand_beside_what_a_step_costs(unbroken: Path, tmp_path: Path) -
         settings = {**some["settings"], "train": {**some["settings"]["train"], "omp_interval": interval}}
         return {**some, "method": method, "score": score, "stage": stage, "size": size, "settings": settings}
 
-    intervals = {"plain fine-tuning": None, "STF, OMP every 1": 1, "STF, OMP every 8": 8, "FT-F-FT": None}
+    kinds = {
+        "plain fine-tuning": ("finetune", None),
+        "STF, OMP every 1": ("ft-f-stf", 1),
+        "STF, OMP every 8": ("ft-f-stf", 8),
+        "FT-F-FT": ("ft-f-ft", None),
+    }
     about = {"model": "m", "preset": "2x", "rows": 4, "tokens": 5, "cpu": "c", "threads": 2, "rounds": 3}
     step = {"ms": 10.4, "ratio": 1.5, "quartiles": [1.25, 1.75]}
-    steps = {name: {**step, "omp_interval": interval} for name, interval in intervals.items()}
+    steps = {name: {**step, "stage": stage, "omp_interval": interval} for name, (stage, interval) in kinds.items()}
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "steps-2x.json").write_text(json.dumps({**about, "distilled": True, "steps": steps}))
     lines = page_of(
