@@ -146,6 +146,7 @@ StorageType = Annotated[
     Literal["int8", "int16", "float16", "float32"],
     typer.Option(help="How the model folder stores weights; integers: those not factorized as float16."),
 ]
+Finetuned = Annotated[bool, typer.Option("--finetuned", help="--model is fine-tuned for this task already.")]
 FakeQuantize = Annotated[
     bool, typer.Option(help="Fine-tune on an 8-bit grid of weights and inputs, as Q8BERT; the weights stay on it.")
 ]
@@ -449,7 +450,7 @@ def run(
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,
     calibration_rows: CalibrationRows = MethodOptions.calibration_rows,
     schedule: MethodSchedule = None,
-    finetuned: Annotated[bool, typer.Option(help="--model is fine-tuned for this task already.")] = False,
+    finetuned: Finetuned = False,
     epochs: Epochs = None,
     learning_rate: Rate = 5e-5,
     dense_dropout: Dropout = None,
@@ -550,6 +551,7 @@ def study(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps after the factorization, for all tasks.")] = None,
     max_length: Length = 0,
     fake_quantize: FakeQuantize = False,
+    finetuned: Finetuned = False,
     report: Annotated[
         Path | None, typer.Option(help="Write tables (Markdown) and plots (SVG, beside it) here.")
     ] = None,
@@ -580,6 +582,7 @@ def study(
         steps=steps,
         max_length=max_length,
         fake_quantize=fake_quantize,
+        finetuned=finetuned,
     )
     failed = work_off(plan)
     if processes.is_first():

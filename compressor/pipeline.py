@@ -247,6 +247,17 @@ def compress(
     return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record, method)
 
 
+def measure(source: str, data: Data) -> Record:
+    """The record of the fine-tuned checkpoint ``source`` with its metrics on ``data``; it is left as it is."""
+    task = data.resolve()
+    loaded = checkpoint.load(source, task)
+    validation = data.validation(task)
+    record = loaded.record or Record(task.name, Path(source).name, "finetune", seed=0, minutes=0.0, versions=versions())
+    record.metrics = evaluate_model(loaded.model.to(_device()), loaded.tokenizer, task, validation)
+    record.extra = {"train_rows": None, "steps": None, **record.extra, "validation_rows": len(validation)}
+    return record
+
+
 def _require_startable(
     source: str, loaded: Checkpoint, method: Method, config: TrainConfig, teacher: str | None
 ) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from compressor.config import ConfigError
 from compressor.files import replace_file
 from compressor.study import read_row
+from compressor.tasks import find_task
 
 Row: TypeAlias = dict[str, Any]
 # Method's label and its size: what one line of a table is about.
@@ -21,8 +22,12 @@ _UNTRAINED = "ft-f"
 
 
 def write_report(study: Path, report: Path) -> None:
-    """Tables of all rows in the folder ``study`` into ``report`` (Markdown); plots into the folder of its stem."""
+    """Tables of all rows in the folder ``study`` into ``report`` (Markdown); plots into the folder of its stem.
+
+    Folders within ``study`` may hold studies of other bases, each of which gets a section of its own.
+    """
     rows = read_rows(study)
+    others = [read_rows(path.parent) for path in sorted(study.glob("*/rows"))]
     plots = report.with_suffix("")
     plots.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -30,15 +35,16 @@ def write_report(study: Path, report: Path) -> None:
     }
     steps = [json.loads(path.read_text()) for path in sorted(study.glob("steps-*.json"))]
     sections = [
-        _introduction(rows),
+        _introduction([*rows, *(row for found in others for row in found)]),
         _accuracy(rows),
         _frontier(rows, plots),
         _untrained(rows),
         _pieces(rows),
         _schedules(rows, plots),
         *(_steps(rows, timed) for timed in steps),
+        *map(_other_base, others),
         _weight_errors(weights, plots),
-        _all_runs(rows),
+        _all_runs([rows, *others]),
     ]
     replace_file(report, ("\n\n".join(filter(None, sections)) + "\n").encode())
 
@@ -79,21 +85,25 @@ def _introduction(rows: Sequence[Row]) -> str:
 
 
 def _accuracy(rows: Sequence[Row]) -> str:
-    """Tables 1 and 3, by size; a cell is empty where a method was not run on the task.
-
-    Variants that were run on some tasks to see what an option does have tables of their own.
-    """
+    """Tables 1 and 2, by size; a cell is empty where a method was not run on the task."""
     trained = [row for row in rows if row["method"] != "dense" and row["stage"] != _UNTRAINED]
     if not trained:
         return ""
-    tasks = _tasks(rows)
     tried = {(row["method"], row["size"]) for found in _pairs(rows).values() for row, _ in found}
-    places = {
-        place: found
-        for place, found in _by_place([*_reference(rows), *trained]).items()
-        if {row["task"] for row in found} == set(tasks) or not (place in tried or _sets_delta(place[0]))
-    }
-    return f"## Accuracy after training\n\n{_score_table(places, tasks)}"
+    return f"## Accuracy after training\n\n{_score_tables([*_reference(rows), *trained], tried)}"
+
+
+def _other_base(rows: Sequence[Row]) -> str:
+    """Table 3, what compresses what another method made: the scores of one base, trained and not."""
+    compressed = [row for row in rows if row["method"] != "dense"]
+    return f"## On {_base(rows[0])}\n\n{_score_tables([*_reference(rows), *compressed])}"
+
+
+def _base(row: Row) -> str:
+    """The base of a study in words."""
+    return str(row["base_model"]) + (
+        ", fine-tuned on an 8-bit grid" if row["settings"]["reference"]["fake_quantize"] else ""
+    )
 
 
 def _frontier(rows: Sequence[Row], plots: Path) -> str:
@@ -103,11 +113,38 @@ def _frontier(rows: Sequence[Row], plots: Path) -> str:
 
 
 def _untrained(rows: Sequence[Row]) -> str:
-    places = _by_place([row for row in rows if row["stage"] == _UNTRAINED])
-    if not places:
+    untrained = [row for row in rows if row["stage"] == _UNTRAINED]
+    if not untrained:
         return ""
     text = "Factorized, and measured as it is: data-aware methods have read 256 rows of the training data, no more."
-    return f"## Without any training\n\n{text}\n\n{_score_table(places, _tasks(rows))}"
+    return f"## Without any training\n\n{text}\n\n{_score_tables(untrained)}"
+
+
+def _score_tables(rows: Sequence[Row], tried: Collection[Place] = ()) -> str:
+    """A table for each group of tasks. What was ``tried`` on some of a group's tasks, to see what an option does, has
+    tables of its own."""
+    tables = []
+    groups = {group: [row for row in rows if _group(row["task"]) == group] for group in _GROUPS}
+    groups = {group: found for group, found in groups.items() if any(row["method"] != "dense" for row in found)}
+    for group, found in groups.items():
+        tasks = _tasks(found)
+        places = {
+            place: own
+            for place, own in _by_place(found).items()
+            if {row["task"] for row in own} == set(tasks) or not (place in tried or _sets_delta(place[0]))
+        }
+        table = _score_table(places, tasks)
+        tables.append(f"### {group}\n\n{table}" if len(groups) > 1 else table)
+    return "\n\n".join(tables)
+
+
+_GROUPS = "GLUE", "GLUE, tasks with a part of their training data", "SQuAD"
+
+
+def _group(task: str) -> str:
+    found = find_task(task)
+    in_part = any("subset" in file for file in found.train_files)
+    return _GROUPS[2 if found.kind == "qa" else int(in_part)]
 
 
 def _score_table(places: Mapping[Place, Sequence[Row]], tasks: Sequence[str]) -> str:
@@ -247,21 +284,29 @@ def _weight_errors(weights: Mapping[str, Sequence[Row]], plots: Path) -> str:
     return f"## Errors of the weights\n\n{text}\n\n{table}\n\n{figure}"
 
 
-def _all_runs(rows: Sequence[Row]) -> str:
+def _all_runs(studies: Sequence[Sequence[Row]]) -> str:
     lines = [
         [
+            _base(row),
             row["task"],
             str(row["seed"]),
-            row["method"] if row["method"] != "dense" else f"dense, {row['settings']['train']['learning_rate']:g}",
+            _name(row),
             f"{_ratio([row]):.2f}",
             f"{row['score']:.2f}",
-            str(row["train_rows"]),
-            str(row["steps"]),
+            *("" if row[name] is None else str(row[name]) for name in ("train_rows", "steps")),
             f"{row['minutes']:.1f}",
         ]
+        for rows in studies
         for row in rows
     ]
-    return "## Every run\n\n" + _table(["task", "seed", "method", "CR", "score", "rows", "steps", "minutes"], lines)
+    header = ["base", "task", "seed", "method", "CR", "score", "rows", "steps", "minutes"]
+    return "## Every run\n\n" + _table(header, lines)
+
+
+def _name(row: Row) -> str:
+    """The method's label; of a dense reference from a grid, its learning rate too."""
+    from_grid = row["method"] == "dense" and not row["settings"]["reference"]["finetuned"]
+    return f"dense, {row['settings']['train']['learning_rate']:g}" if from_grid else str(row["method"])
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
@@ -286,6 +331,8 @@ def _by_place(rows: Iterable[Row]) -> dict[Place, list[Row]]:
 
 def _mean_drops(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     """(CR, mean drop) of each trained method at each size at which it was run on all tasks."""
+    first = min(map(_GROUPS.index, {_group(row["task"]) for row in rows}))
+    rows = [row for row in rows if _group(row["task"]) == _GROUPS[first]]
     tasks = set(_tasks(rows))
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for (method, _), found in _by_place(rows).items():

@@ -119,7 +119,8 @@ class Study:
 
     ``output`` gets ``rows/*.json``; ``work`` holds checkpoints. ``learning_rates``: the dense grid, walked with the
     first seed; its best is every seed's. ``steps``, ``rows``, ``dense_epochs`` and ``batch_size`` stand in for those of
-    all the tasks' budgets. ``fake_quantize``: the dense references are fine-tuned on an 8-bit grid.
+    all the tasks' budgets. ``fake_quantize``: the dense references are fine-tuned on an 8-bit grid. ``finetuned``:
+    ``model`` is the dense reference itself, of its one task and of every seed.
     """
 
     model: str
@@ -137,6 +138,7 @@ class Study:
     steps: int | None = None
     max_length: int = 0
     fake_quantize: bool = False
+    finetuned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tasks", "seeds", "learning_rates"):
@@ -149,6 +151,11 @@ class Study:
         for name in self.tasks:
             if name not in BUDGETS:
                 raise ConfigError(f"a study knows the tasks {', '.join(BUDGETS)}, not {name!r}")
+        if self.finetuned and (len(self.tasks) > 1 or self.fake_quantize):
+            what = "--fake-quantize fine-tunes it" if self.fake_quantize else f"--tasks names {len(self.tasks)}"
+            raise ConfigError(
+                f"a --finetuned model is of one task and stays as it is, but {what}; leave one of them out"
+            )
 
     def budget(self, task: str) -> Budget:
         own = {name: getattr(self, name) for name in ("rows", "batch_size", "dense_epochs", "steps")}
@@ -163,7 +170,8 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """One row: of a dense reference (``variant`` None) with its learning rate, or of a variant at a size."""
+    """One row: of a dense reference (``variant`` None) with its learning rate (0: as it came), or of a variant at a
+    size."""
 
     task: str
     seed: int
@@ -173,7 +181,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        words = [self.variant.label, self.size] if self.variant else ["dense", f"{self.learning_rate:g}"]
+        rate = f"{self.learning_rate:g}" if self.learning_rate else ""
+        words = [self.variant.label, self.size] if self.variant else ["dense", rate]
         return re.sub(r"[^\w.=+-]+", "_", "-".join([self.task, str(self.seed), *filter(None, words)]))
 
 
@@ -183,10 +192,11 @@ class Run:
 def planned_runs(study: Study) -> list[Run]:
     """All runs but the dense ones of later seeds, whose learning rate the first seed's decide; in order of worth."""
     runs = []
+    rates = (0.0,) if study.finetuned else study.learning_rates
     for seed in study.seeds:
         for task in study.tasks:
             if seed == study.seeds[0]:
-                runs += [Run(task, seed, learning_rate=rate) for rate in study.learning_rates]
+                runs += [Run(task, seed, learning_rate=rate) for rate in rates]
             for size in study.presets:
                 runs += [Run(task, seed, variant, size) for variant in study.variants if not variant.has_size]
             runs += [Run(task, seed, variant) for variant in study.variants if variant.has_size]

@@ -8,12 +8,13 @@ teach the others, and so are the factors to start from (starts.py); of a compres
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,7 @@ import kernels
 from compressor import checkpoint, pipeline, processes
 from compressor.config import OMP_INTERVAL, CompressionConfig, ConfigError, KSVDConfig, MethodOptions, TrainConfig
 from compressor.files import replace_file
+from compressor.layers import find_stacks, stacked_weight
 from compressor.methods import find_method
 from compressor.progress import progress
 from compressor.study import Run, Study, options_of, planned_runs, row_of
@@ -34,14 +36,14 @@ _POLL_SECONDS = 5.0
 
 def work_off(study: Study) -> list[str]:
     """Run what is not there yet, and return a sentence for each run that could not be done."""
-    ratios = _require_possible(study)
-    processes.from_first(lambda: _require_same(study, planned_runs(study)))
+    base = _require_possible(study)
+    processes.from_first(lambda: _require_same(study, base, planned_runs(study)))
     queue = Queue(study)
     with progress("study" if processes.is_first() else None, total=queue.total) as advance:
         while run := processes.from_first(lambda: queue.take(advance)):
             failure = None
             try:
-                _do(study, run, ratios)
+                _do(study, base, run)
             except (ConfigError, TrainingError) as error:
                 failure = f"{run.name}: {error}"
                 log.error("%s", failure)
@@ -58,7 +60,7 @@ class Queue:
         self._over: set[str] = set()
         self._lock: TextIO | None = None
         self.failed: dict[str, str] = {}
-        self.total = len(self._planned) + len(study.tasks) * (len(study.seeds) - 1)
+        self.total = len(self._planned) + (0 if study.finetuned else len(study.tasks) * (len(study.seeds) - 1))
 
     def take(self, advance: Callable[[str], None] = lambda name: None) -> Run | None:
         """The next run, claimed; waits while others do what is needed for the rest. None when nothing is left.
@@ -109,6 +111,8 @@ class Queue:
         return run.variant is not None or not self._is_needed(run) or _has_checkpoint(self._study, run)
 
     def _is_needed(self, dense: Run) -> bool:
+        if self._study.finetuned:
+            return False
         left = [run for run in self._planned if run.variant and (run.task, run.seed) == (dense.task, dense.seed)]
         return dense == dense_run(self._study, dense.task, dense.seed) and any(
             row_of(self._study, run) is None and run.name not in self.failed for run in left
@@ -144,6 +148,8 @@ class Queue:
 
 def dense_run(study: Study, task: str, seed: int) -> Run | None:
     """The reference of a task and seed, once the whole grid has been walked with the first seed."""
+    if study.finetuned:
+        return Run(task, study.seeds[0])
     scores = {}
     for rate in study.learning_rates:
         row = row_of(study, Run(task, study.seeds[0], learning_rate=rate))
@@ -154,15 +160,26 @@ def dense_run(study: Study, task: str, seed: int) -> Run | None:
 
 
 def _has_checkpoint(study: Study, dense: Run) -> bool:
-    return checkpoint.load_record(study.work / dense.name) is not None
+    return study.finetuned or checkpoint.load_record(study.work / dense.name) is not None
 
 
-def _require_possible(study: Study) -> dict[tuple[str, str], float]:
-    """Refuse what does not fit the model before any work; returns ds's ratio by eq. 11 by task and preset."""
+@dataclass(frozen=True)
+class _Base:
+    """What a study's model is: a digest of the weights to compress, and ds's ratio by eq. 11 by task and preset."""
+
+    weights: str
+    ratios: Mapping[tuple[str, str], float]
+
+
+def _require_possible(study: Study) -> _Base:
+    """Refuse what does not fit the model before any work; returns what is known of it then."""
     ratios = {}
     for name in study.tasks:
         task = study.source(name).resolve()
-        model = checkpoint.load(study.model, task).model
+        loaded = checkpoint.load(study.model, task)
+        if loaded.factors:
+            raise ConfigError(f"{study.model} is compressed by {loaded.method} already; a study wants the dense model")
+        model = loaded.model
         for preset in study.presets if any(not variant.has_size for variant in study.variants) else ():
             own = find_method("ds").from_options(MethodOptions(preset=preset))
             ratios[name, preset] = own.describe(own.plan(model), None)["ratio_eq11"]
@@ -170,28 +187,35 @@ def _require_possible(study: Study) -> dict[tuple[str, str], float]:
             for size in ("",) if variant.has_size else study.presets:
                 options = options_of(variant, size, ratios.get((name, size)), 0)
                 find_method(variant.method).from_options(options).plan(model)
-    return ratios
+    found = hashlib.sha256()
+    for spec in find_stacks(model):
+        found.update(stacked_weight(model, spec.names).detach().cpu().numpy().tobytes())
+    return _Base(found.hexdigest()[:16], ratios)
 
 
-def _settings(study: Study, run: Run) -> dict[str, Any]:
+def _settings(study: Study, base: _Base, run: Run) -> dict[str, Any]:
     """What decides a row's numbers besides its name; of ``reference``, the dense run it starts from, what is known."""
-    reference: dict[str, Any] = {"fake_quantize": study.fake_quantize}
-    if run.variant and (dense := dense_run(study, run.task, run.seed)):
+    reference: dict[str, Any] = {
+        "weights": base.weights,
+        "fake_quantize": study.fake_quantize,
+        "finetuned": study.finetuned,
+    }
+    if run.variant and not study.finetuned and (dense := dense_run(study, run.task, run.seed)):
         reference["learning_rate"] = dense.learning_rate
     budget, train = asdict(study.budget(run.task)), asdict(_train_config(study, run))
     return {"budget": budget, "train": train, "reference": reference}
 
 
-def _require_same(study: Study, runs: Sequence[Run]) -> None:
+def _require_same(study: Study, base: _Base, runs: Sequence[Run]) -> None:
     """Rows that are there have been made with these settings; those that had no name then were at their defaults."""
-    defaults = json.loads(json.dumps({"train": asdict(TrainConfig()), "reference": {"fake_quantize": False}}))
+    defaults = json.loads(json.dumps({"train": asdict(TrainConfig())}))
     for run in runs:
         row = row_of(study, run)
         if row is None:
             continue
         here, there = (
             {part: {**defaults.get(part, {}), **found.get(part, {})} for part in ("budget", "train", "reference")}
-            for found in (json.loads(json.dumps(_settings(study, run))), row["settings"])
+            for found in (json.loads(json.dumps(_settings(study, base, run))), row["settings"])
         )
         differing = [
             f"{name} {there[part].get(name)} there, {value} here"
@@ -218,7 +242,8 @@ def _train_config(study: Study, run: Run) -> TrainConfig:
         "seed": run.seed,
     }
     if run.variant is None:
-        return TrainConfig(epochs=budget.dense_epochs, learning_rate=run.learning_rate, **common)
+        common |= {"learning_rate": run.learning_rate} if run.learning_rate else {}
+        return TrainConfig(epochs=budget.dense_epochs, **common)
     compressing = {
         "max_steps": budget.steps,
         "learning_rate": 6e-4,
@@ -228,10 +253,12 @@ def _train_config(study: Study, run: Run) -> TrainConfig:
     return TrainConfig(**{**common, **compressing, **run.variant.train})
 
 
-def _do(study: Study, run: Run, ratios: Mapping[tuple[str, str], float]) -> None:
+def _do(study: Study, base: _Base, run: Run) -> None:
     source, config, folder = study.source(run.task), _train_config(study, run), study.work / run.name
     dense_score = None
-    if run.variant is None:
+    if run.variant is None and study.finetuned:
+        record = pipeline.measure(study.model, source)
+    elif run.variant is None:
         record = pipeline.finetune(study.model, source, config, folder, fake_quantize=study.fake_quantize, resume=True)
     else:
         dense = dense_run(study, run.task, run.seed)
@@ -239,9 +266,10 @@ def _do(study: Study, run: Run, ratios: Mapping[tuple[str, str], float]) -> None
         dense_row = row_of(study, dense)
         assert dense_row is not None
         dense_score = dense_row["score"]
-        ratio = ratios.get((run.task, run.size))
+        ratio = base.ratios.get((run.task, run.size))
         method = find_method(run.variant.method).from_options(options_of(run.variant, run.size, ratio, run.seed))
-        reference, schedule = str(study.work / dense.name), run.variant.schedule
+        reference = study.model if study.finetuned else str(study.work / dense.name)
+        schedule = run.variant.schedule
         record = pipeline.compress(
             reference, source, method, config, folder, schedule=schedule, resume=True, starts=study.work / "starts"
         )
@@ -259,9 +287,10 @@ def _do(study: Study, run: Run, ratios: Mapping[tuple[str, str], float]) -> None
         "metrics": record.metrics,
         "minutes": record.minutes,
         "stage": record.stage,
+        "base_model": _base_name(study),
         "compression": record.compression,
         **record.extra,
-        "settings": _settings(study, run),
+        "settings": _settings(study, base, run),
         "versions": record.versions,
         "cpu": kernels.cpu_name(),
         "command": _command(study),
@@ -272,23 +301,29 @@ def _do(study: Study, run: Run, ratios: Mapping[tuple[str, str], float]) -> None
             shutil.rmtree(folder)
 
 
+def _base_name(study: Study) -> str:
+    """The model without the folder of this machine that it lies in."""
+    return Path(study.model).name if Path(study.model).is_dir() else study.model
+
+
 def _command(study: Study) -> str:
     """The command of the study without the folders of this machine."""
     words = {
-        "model": Path(study.model).name if Path(study.model).is_dir() else study.model,
+        "model": _base_name(study),
         "tasks": ",".join(study.tasks),
         "methods": ",".join(variant.label for variant in study.variants),
         "presets": ",".join(study.presets),
         "seeds": ",".join(map(str, study.seeds)),
-        "learning-rates": ",".join(f"{rate:g}" for rate in study.learning_rates),
+        "learning-rates": "" if study.finetuned else ",".join(f"{rate:g}" for rate in study.learning_rates),
         "rows": study.rows,
         "batch-size": study.batch_size,
         "dense-epochs": study.dense_epochs,
         "steps": study.steps,
         "max-length": study.max_length or None,
     }
+    flags = {"--fake-quantize": study.fake_quantize, "--finetuned": study.finetuned}
     given = [f"--{name} {value}" for name, value in words.items() if value not in (None, "")]
-    given += ["--fake-quantize"] if study.fake_quantize else []
+    given += [flag for flag, on in flags.items() if on]
     return " ".join(["dsformer-compress study --data DATA --output STUDY", *given])
 
 

@@ -34,7 +34,7 @@ METHODS = "ds:iterations=2,svd,nm,ds:iterations=2:schedule=ft-f"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small heads, so that the paper's presets leave more atoms than a block has columns."""
-    folder = tmp_path_factory.mktemp("base")
+    folder = tmp_path_factory.mktemp("bases") / "base"
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_attention_heads": 16, "intermediate_size": 128}
     BertForSequenceClassification(make_config(**sizes)).save_pretrained(folder)
@@ -147,6 +147,45 @@ def test_rows_of_another_reference_are_refused(study: Study, unbroken: Path) -> 
         work_off(replace(study, learning_rates=(other,)))
 
 
+def test_rows_of_another_base_are_refused(base: Path, study: Study, unbroken: Path, tmp_path: Path) -> None:
+    """It is known by its weights and not by its name: a copy is the same one."""
+    shutil.copytree(unbroken, study.output)
+    shutil.copytree(base, tmp_path / "copy")
+    assert work_off(replace(study, model=str(tmp_path / "copy"))) == []
+    other = BertForSequenceClassification.from_pretrained(base)
+    torch.nn.init.normal_(other.bert.encoder.layer[1].output.dense.weight)
+    other.save_pretrained(tmp_path / "copy")
+    with pytest.raises(ConfigError, match=r"holds a study of another configuration: .* has weights \w+ there"):
+        work_off(replace(study, model=str(tmp_path / "copy")))
+
+
+def test_a_finetuned_model_is_its_own_reference(base: Path, study: Study, data: Path, tmp_path: Path) -> None:
+    """It is measured once and left as it is, and teaches the runs of all seeds."""
+    folder = tmp_path / "mine"
+    made = pipeline.finetune(str(base), pipeline.Data("cola", data), pipeline.TrainConfig(max_steps=20), folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    own = replace(study, model=str(folder), variants=(parse_variant("svd"),), finetuned=True)
+    assert work_off(own) == []
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    rows = rows_of(study.output)
+    assert set(rows) == {"cola-0-dense", "cola-0-svd-2.8x", "cola-1-svd-2.8x"}
+    assert rows["cola-0-dense"]["metrics"] == made.metrics
+    for seed in (0, 1):
+        row = rows[f"cola-{seed}-svd-2.8x"]
+        assert row["drop"] == pytest.approx(made.metrics["matthews"] - row["score"], abs=1e-3)
+        assert (row["base_model"], row["settings"]["reference"]["finetuned"]) == ("mine", True)
+    assert "--finetuned" in rows["cola-0-dense"]["command"]
+    with pytest.raises(ConfigError, match=r"finetuned True there, False here|has learning_rate"):
+        work_off(replace(own, finetuned=False))
+
+
+def test_a_compressed_model_is_no_base(base: Path, study: Study, data: Path, tmp_path: Path) -> None:
+    source, config = pipeline.Data("cola", data), pipeline.TrainConfig()
+    pipeline.compress(str(base), source, _method(parse_variant("svd")), config, tmp_path / "small", schedule="ft-f")
+    with pytest.raises(ConfigError, match=r"small is compressed by svd already; a study wants the dense model"):
+        work_off(replace(study, model=str(tmp_path / "small"), finetuned=True))
+
+
 def test_two_workers_share_the_runs(base: Path, data: Path, unbroken: Path, tmp_path: Path) -> None:
     found = command(base, data, tmp_path)
     workers = [subprocess.Popen(found, env=environment(), stdout=-1, stderr=-1, text=True) for _ in range(2)]
@@ -200,6 +239,8 @@ def test_words_that_mean_nothing(word: str, sentence: str) -> None:
         ({"presets": ("9x",)}, r"unknown preset '9x'"),
         ({"seeds": (1, 1)}, r"--seeds wants at least one, each named once"),
         ({"learning_rates": ()}, r"--learning-rates wants at least one"),
+        ({"finetuned": True, "tasks": ("cola", "mrpc")}, r"--finetuned model is of one task .* --tasks names 2"),
+        ({"finetuned": True, "fake_quantize": True}, r"stays as it is, but --fake-quantize fine-tunes it"),
     ],
 )
 def test_settings_that_mean_nothing(study: Study, change: dict[str, Any], sentence: str) -> None:
@@ -269,7 +310,7 @@ def test_the_page_has_the_numbers_of_the_rows(study: Study, unbroken: Path, tmp_
     assert line[1] == f"{svd[0]['compression']['ratio_eq11']:.2f}"
     assert line[2].startswith(f"{mean:.2f} ± ")
     assert line[4] == f"{sum(row['drop'] for row in svd) / 2:.2f}"
-    assert sum(len(line) == 8 and line[0] == "cola" for line in lines) == len(rows), "every run is listed"
+    assert sum(len(line) == 9 and line[:2] == ["base", "cola"] for line in lines) == len(rows), "every run is listed"
     assert str(tmp_path) not in text, "no folder of a machine"
     for name in ("frontier.svg", "weights.svg"):
         assert f"(results/{name})" in text
@@ -300,6 +341,39 @@ def test_a_piece_is_measured_against_the_same_without_it(unbroken: Path, tmp_pat
     scored = lines[lines.index("## Accuracy after training") : lines.index("## Each piece alone")]
     methods = [line.split(" | ")[0].strip("| ") for line in scored if line.startswith("|")][2:]
     assert sorted(methods) == ["ds", "ds:x=1:y=2", "svd"], "pieces that were not run on all tasks stand apart"
+
+
+def test_tasks_have_tables_by_what_they_are_trained_on(unbroken: Path, tmp_path: Path) -> None:
+    some = rows_of(unbroken)["cola-0-svd-2.8x"]
+    tasks = {"cola": 10.0, "mrpc": 20.0, "qnli": 30.0, "squad": 40.0}
+    lines = page_of(tmp_path, *({**some, "task": task, "score": score, "drop": 1.0} for task, score in tasks.items()))
+    ratio = f"{some['compression']['ratio_eq11']:.2f}"
+    assert f"| svd | {ratio} | 10.00 | 20.00 | 15.00 | 1.00 | 1.00 |" in lines, "the mean is that of whole tasks"
+    assert f"| svd | {ratio} | 30.00 | 30.00 | 1.00 | 1.00 |" in lines
+    assert f"| svd | {ratio} | 40.00 | 40.00 | 1.00 | 1.00 |" in lines
+    assert [line for line in lines if line.startswith("### ")] == [
+        "### GLUE",
+        "### GLUE, tasks with a part of their training data",
+        "### SQuAD",
+    ]
+
+
+def test_other_bases_have_sections_of_their_own(unbroken: Path, tmp_path: Path) -> None:
+    rows = rows_of(unbroken)
+    dense = max((row for row in rows.values() if row["method"] == "dense"), key=lambda row: row["score"])
+    settings = {**dense["settings"], "reference": {**dense["settings"]["reference"], "fake_quantize": True}}
+    there = {"base_model": "mini", "settings": settings}
+    (tmp_path / "study" / "int8" / "rows").mkdir(parents=True)
+    for name, row in {"dense": dense, "svd": rows["cola-0-svd-2.8x"]}.items():
+        path = tmp_path / "study" / "int8" / "rows" / f"{name}.json"
+        path.write_text(json.dumps({**row, **there, "score": 12.0, "drop": 0.5}))
+    lines = page_of(tmp_path, *rows.values())
+    section = lines[lines.index("## On mini, fine-tuned on an 8-bit grid") :]
+    assert "| dense | 1.00 | 12.00 | 12.00 | 0.50 | 0.50 |" in section
+    assert any(line.startswith("| svd | ") and "| 12.00 | 12.00 | 0.50 | 0.50 |" in line for line in section)
+    accuracy = lines[lines.index("## Accuracy after training") : lines.index("## On mini, fine-tuned on an 8-bit grid")]
+    assert not any("12.00" in line for line in accuracy), "bases are not mixed"
+    assert any(line.startswith("| mini, fine-tuned on an 8-bit grid | cola |") for line in lines), "its runs are listed"
 
 
 def test_schedules_are_compared_where_gamma_is_the_same(unbroken: Path, tmp_path: Path) -> None:
