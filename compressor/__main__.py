@@ -142,8 +142,9 @@ EvaluateEvery = Annotated[
         "of weights chosen like this are a little too good for unseen data."
     ),
 ]
+StorageName = Literal["int8", "int16", "float16", "float32"]
 StorageType = Annotated[
-    Literal["int8", "int16", "float16", "float32"],
+    StorageName,
     typer.Option(help="How the model folder stores weights; integers: those not factorized as float16."),
 ]
 Finetuned = Annotated[bool, typer.Option("--finetuned", help="--model is fine-tuned for this task already.")]
@@ -552,6 +553,9 @@ def study(
     max_length: Length = 0,
     fake_quantize: FakeQuantize = False,
     finetuned: Finetuned = False,
+    storage: Annotated[
+        StorageName | None, typer.Option(help="Export every compressed model so, too, and measure what comes of it.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write tables (Markdown) and plots (SVG, beside it) here.")
     ] = None,
@@ -583,6 +587,7 @@ def study(
         max_length=max_length,
         fake_quantize=fake_quantize,
         finetuned=finetuned,
+        storage=storage,
     )
     failed = work_off(plan)
     if processes.is_first():

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from compressor import pipeline
 from compressor.config import CLASSIFY_LENGTH, PRESETS, QA_LENGTH, ConfigError, MethodOptions, Schedule, TrainConfig
+from compressor.export import Storage
 from compressor.methods import find_method, find_schedule
 from compressor.tasks import Task
 
@@ -120,7 +121,8 @@ class Study:
     ``output`` gets ``rows/*.json``; ``work`` holds checkpoints. ``learning_rates``: the dense grid, walked with the
     first seed; its best is every seed's. ``steps``, ``rows``, ``dense_epochs`` and ``batch_size`` stand in for those of
     all the tasks' budgets. ``fake_quantize``: the dense references are fine-tuned on an 8-bit grid. ``finetuned``:
-    ``model`` is the dense reference itself, of its one task and of every seed.
+    ``model`` is the dense reference itself, of its one task and of every seed. ``storage``: compressed models are also
+    exported so, and measured once more as what they then are.
     """
 
     model: str
@@ -139,6 +141,7 @@ class Study:
     max_length: int = 0
     fake_quantize: bool = False
     finetuned: bool = False
+    storage: Storage | None = None
 
     def __post_init__(self) -> None:
         for name in ("tasks", "seeds", "learning_rates"):

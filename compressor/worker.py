@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 import kernels
 from compressor import checkpoint, pipeline, processes
 from compressor.config import OMP_INTERVAL, CompressionConfig, ConfigError, KSVDConfig, MethodOptions, TrainConfig
+from compressor.export import ExportError
 from compressor.files import replace_file
 from compressor.layers import find_stacks, stacked_weight
 from compressor.methods import find_method
@@ -44,7 +46,7 @@ def work_off(study: Study) -> list[str]:
             failure = None
             try:
                 _do(study, base, run)
-            except (ConfigError, TrainingError) as error:
+            except (ConfigError, TrainingError, ExportError) as error:
                 failure = f"{run.name}: {error}"
                 log.error("%s", failure)
             queue.give_back(run, failure)
@@ -165,9 +167,11 @@ def _has_checkpoint(study: Study, dense: Run) -> bool:
 
 @dataclass(frozen=True)
 class _Base:
-    """What a study's model is: a digest of the weights to compress, and ds's ratio by eq. 11 by task and preset."""
+    """What a study's model is: a digest of the weights to compress, the bytes of all its weights as float32, and ds's
+    ratio by eq. 11 by task and preset."""
 
     weights: str
+    float32_bytes: int
     ratios: Mapping[tuple[str, str], float]
 
 
@@ -190,7 +194,7 @@ def _require_possible(study: Study) -> _Base:
     found = hashlib.sha256()
     for spec in find_stacks(model):
         found.update(stacked_weight(model, spec.names).detach().cpu().numpy().tobytes())
-    return _Base(found.hexdigest()[:16], ratios)
+    return _Base(found.hexdigest()[:16], sum(4 * parameter.numel() for parameter in model.parameters()), ratios)
 
 
 def _settings(study: Study, base: _Base, run: Run) -> dict[str, Any]:
@@ -296,9 +300,24 @@ def _do(study: Study, base: _Base, run: Run) -> None:
         "command": _command(study),
     }
     if processes.is_first():
+        if run.variant and study.storage:
+            row["stored"] = {study.storage: _stored(study, base, run)}
         replace_file(study.output / "rows" / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
         if run.variant is not None:
             shutil.rmtree(folder)
+
+
+def _stored(study: Study, base: _Base, run: Run) -> dict[str, Any]:
+    """The run's model as a model folder: its score through ONNX Runtime, and its bytes beside the dense one's."""
+    with tempfile.TemporaryDirectory(dir=study.work) as folder:
+        card = pipeline.export_checkpoint(
+            study.work / run.name, study.source(run.task), Path(folder) / "model", storage=study.storage or "float32"
+        )
+    return {
+        "score": card["metrics"][find_task(run.task).metric_names[0]],
+        "file_bytes": card["sizes"]["file_bytes"],
+        "float32_bytes": base.float32_bytes,
+    }
 
 
 def _base_name(study: Study) -> str:
@@ -320,6 +339,7 @@ def _command(study: Study) -> str:
         "dense-epochs": study.dense_epochs,
         "steps": study.steps,
         "max-length": study.max_length or None,
+        "storage": study.storage,
     }
     flags = {"--fake-quantize": study.fake_quantize, "--finetuned": study.finetuned}
     given = [f"--{name} {value}" for name, value in words.items() if value not in (None, "")]

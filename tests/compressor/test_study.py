@@ -358,6 +358,26 @@ def test_tasks_have_tables_by_what_they_are_trained_on(unbroken: Path, tmp_path:
     ]
 
 
+def test_models_are_measured_as_they_are_stored(base: Path, study: Study, tmp_path: Path) -> None:
+    """Exported and scored through ONNX Runtime; the page says how much smaller the whole file is, and what it loses."""
+    one = replace(study, variants=tuple(map(parse_variant, ("ds:iterations=2", "svd"))), seeds=(0,), storage="float32")
+    assert work_off(one) == []
+    rows = rows_of(study.output)
+    assert "stored" not in rows["cola-0-dense-0.001"]
+    n_bytes = 4 * BertForSequenceClassification.from_pretrained(base).num_parameters()
+    for name in ("cola-0-ds_iterations=2-2.8x", "cola-0-svd-2.8x"):
+        stored = rows[name]["stored"]["float32"]
+        assert stored["score"] == pytest.approx(rows[name]["score"]), "float32 is what PyTorch computes"
+        assert stored["float32_bytes"] == n_bytes
+        assert 0.2 * n_bytes < stored["file_bytes"] < n_bytes
+    assert "--storage float32" in rows["cola-0-svd-2.8x"]["command"]
+    svd = rows["cola-0-svd-2.8x"]
+    svd["stored"]["float32"] = {"score": svd["score"] - 1.5, "file_bytes": 100, "float32_bytes": 250}
+    lines = page_of(tmp_path / "page", *rows.values())
+    assert "| method | CR | storage | file, times smaller | cola | mean |" in lines
+    assert f"| svd | {svd['compression']['ratio_eq11']:.2f} | float32 | 2.50 | 1.50 | 1.50 |" in lines
+
+
 def test_other_bases_have_sections_of_their_own(unbroken: Path, tmp_path: Path) -> None:
     rows = rows_of(unbroken)
     dense = max((row for row in rows.values() if row["method"] == "dense"), key=lambda row: row["score"])
