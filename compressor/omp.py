@@ -8,6 +8,7 @@ Pursuit" (2008): the Gram matrix is computed once and residuals are never formed
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -137,9 +138,12 @@ def dense_codes(indices: Tensor, values: Tensor, n_atoms: int) -> Tensor:
     return torch.zeros(shape, dtype=values.dtype, device=values.device).scatter(2, indices, values)
 
 
-def reconstruct(dictionary: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """S·D as one (M, N) matrix (paper eq. 8); differentiable in ``dictionary`` and ``values``."""
-    product: Tensor = _Product.apply(dictionary, indices, values)  # type: ignore[no-untyped-call]
+def reconstruct(dictionary: Tensor, indices: Tensor, values: Tensor, users: Users | None = None) -> Tensor:
+    """S·D as one (M, N) matrix (paper eq. 8); differentiable in ``dictionary`` and ``values``.
+
+    ``users``: of ``indices``, for the gradient of ``dictionary``, if they are known already.
+    """
+    product: Tensor = _Product.apply(dictionary, indices, values, users)  # type: ignore[no-untyped-call]
     return product
 
 
@@ -147,8 +151,9 @@ class _Product(torch.autograd.Function):
     """S·D from the S atoms that each row names: S multiply-adds an entry, where dense codes would take K."""
 
     @staticmethod
-    def forward(ctx: Any, dictionary: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, dictionary: Tensor, indices: Tensor, values: Tensor, users: Users | None) -> Tensor:
         ctx.save_for_backward(dictionary, indices, values)
+        ctx.users = users
         _, n_rows, n_nonzero = indices.shape
         rows = nn.functional.embedding_bag(
             _numbered(indices, dictionary.shape[1]).view(-1, n_nonzero),
@@ -159,30 +164,48 @@ class _Product(torch.autograd.Function):
         return rows.view(n_rows, -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dictionary, indices, values = ctx.saved_tensors
         n_atoms, block_size = dictionary.shape[1:]
         to_dictionary = to_values = None
         if ctx.needs_input_grad[0]:
-            to_dictionary = transposed_product(indices, values, gradient, n_atoms)
+            to_dictionary = transposed_product(indices, values, gradient, n_atoms, ctx.users)
         if ctx.needs_input_grad[2]:
             to_values = (blocks(gradient, block_size) @ dictionary.transpose(1, 2)).gather(2, indices)
-        return to_dictionary, None, to_values
+        return to_dictionary, None, to_values, None
 
 
-def transposed_product(indices: Tensor, values: Tensor, matrix: Tensor, n_atoms: int) -> Tensor:
+@dataclass(frozen=True)
+class Users:
+    """Who uses which atom: ``order`` has the nonzeros of all blocks sorted by their atoms, ``rows`` the row of a block
+    that each is in, ``first`` where in them those of each atom begin. Supports that stay need the sort once."""
+
+    order: Tensor
+    rows: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, indices: Tensor, n_atoms: int) -> Users:
+        """Of ``indices`` (N/B, M, S) into ``n_atoms`` atoms a block."""
+        total = len(indices) * n_atoms
+        atoms = _numbered(indices, n_atoms).flatten()
+        # Small integers are sorted faster.
+        order = atoms.to(torch.int16 if total < 2**15 else torch.int64).argsort(stable=True)
+        users = torch.bincount(atoms, minlength=total)
+        return cls(order, order // indices.shape[2], users.cumsum(0) - users)
+
+
+def transposed_product(
+    indices: Tensor, values: Tensor, matrix: Tensor, n_atoms: int, users: Users | None = None
+) -> Tensor:
     """``Sᵀ·matrix`` of each block, (N/B, K, B), of a ``matrix`` (M, N); sums are in the order of the rows."""
-    n_blocks, _, n_nonzero = indices.shape
-    total = n_blocks * n_atoms
-    # Nonzeros in the order of their atoms; small integers are sorted faster.
-    atoms = _numbered(indices, n_atoms).flatten()
-    order = atoms.to(torch.int16 if total < 2**15 else torch.int64).argsort(stable=True)
-    users = torch.bincount(atoms, minlength=total)
+    n_blocks = len(indices)
+    users = users or Users.of(indices, n_atoms)
     sums = nn.functional.embedding_bag(
-        order // n_nonzero,
+        users.rows,
         matrix.reshape(len(matrix) * n_blocks, -1),
-        users.cumsum(0) - users,
-        per_sample_weights=values.transpose(0, 1).flatten()[order],
+        users.first,
+        per_sample_weights=values.transpose(0, 1).flatten()[users.order],
         mode="sum",
     )
     return sums.view(n_blocks, n_atoms, -1)

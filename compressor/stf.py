@@ -36,7 +36,7 @@ from compressor.layers import (
     replace_layer,
     stacked_weight,
 )
-from compressor.omp import blocks, gram_of_codes, reconstruct, refit, sparse_code, transposed_product
+from compressor.omp import Users, blocks, gram_of_codes, reconstruct, refit, sparse_code, transposed_product
 from compressor.progress import progress
 
 # Where atoms share their users the closed-form step is damped, by this share of the mean diagonal of SᵀS.
@@ -44,23 +44,26 @@ _RIDGE = 1e-3
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Rows of ``S·D`` in place of the same rows of W."""
+    """Rows of ``S·D`` in place of the same rows of W; grad D is collected where the ``users`` of atoms are given."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, dictionary: Tensor, indices: Tensor, values: Tensor, collect: bool) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, dictionary: Tensor, indices: Tensor, values: Tensor, users: Users | None
+    ) -> Tensor:
         product = reconstruct(dictionary, indices, values)
-        ctx.collect = collect
+        ctx.users = users
         ctx.n_atoms = dictionary.shape[1]
-        if collect:
+        if users:
             ctx.save_for_backward(weight, product, indices, values)
         return product
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.collect or not ctx.needs_input_grad[1]:
+        if not ctx.users or not ctx.needs_input_grad[1]:
             return gradient, None, None, None, None
         weight, product, indices, values = ctx.saved_tensors
-        return gradient, transposed_product(indices, values, product - weight, ctx.n_atoms), None, None, None
+        downhill = transposed_product(indices, values, product - weight, ctx.n_atoms, ctx.users)
+        return gradient, downhill, None, None, None
 
 
 class FactorizedStack(nn.Module):
@@ -88,6 +91,9 @@ class FactorizedStack(nn.Module):
         # Rows whose part of grad D was asked for since the last coding. There is one coding an optimiser step, so
         # micro-batches and layers that share their weights (ALBERT) do not count it twice.
         self._collected: set[int] = set()
+        # Of the atoms by the rows of each member, and the indices that they are of.
+        self._users: dict[int, Users] = {}
+        self._users_of: tuple[Tensor, int] | None = None
 
     def freeze_supports(self) -> None:
         """From here on D and the values are trained by their true gradients (FT-F-FT)."""
@@ -146,17 +152,28 @@ class FactorizedStack(nn.Module):
     def effective(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """Rows ``start:stop`` of S·D, with the gradients of the schedule in force."""
         indices, values = self.indices[:, start:stop], self.values[:, start:stop]
+        trains = torch.is_grad_enabled() and self.dictionary.requires_grad
         if self.frozen:
-            return reconstruct(self.dictionary, indices, values)
-        collect = torch.is_grad_enabled() and self.dictionary.requires_grad and start not in self._collected
-        if collect:
+            return reconstruct(self.dictionary, indices, values, self._users_by(start, stop) if trains else None)
+        users = None
+        if trains and start not in self._collected:
             self._collected.add(start)
+            users = self._users_by(start, stop)
         # Dictionaries keep float32 under autocast: their gradient is a small difference of large numbers.
         with torch.autocast(weight.device.type, enabled=False):
             product: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-                weight, self.dictionary, indices, values, collect
+                weight, self.dictionary, indices, values, users
             )
         return product
+
+    def _users_by(self, start: int, stop: int) -> Users:
+        """Of the atoms by rows ``start:stop``; they are sorted anew when the indices are others, or have changed."""
+        indices, version = self._users_of or (None, -1)
+        if self.indices is not indices or self.indices._version != version:
+            self._users, self._users_of = {}, (self.indices, self.indices._version)
+        if start not in self._users:
+            self._users[start] = Users.of(self.indices[:, start:stop], self.plan.n_atoms)
+        return self._users[start]
 
 
 def _row_errors(weight: Tensor, dictionary: Tensor, indices: Tensor, values: Tensor) -> Tensor:

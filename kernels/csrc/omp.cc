@@ -78,8 +78,7 @@ class Coder {
   // Writes a sentence into `error` and returns false when the input is unusable.
   bool run(RowsFunction function, char* error, size_t error_size) {
     parallel_for(p_.n_blocks, p_.threads, [&](int, int64_t i) {
-      tier_.prepare(p_.dictionary + i * p_.n_atoms * width_, block(i), atoms_t_.get() + i * width_ * pitch_,
-                    gram_.get() + i * p_.n_atoms * pitch_);
+      tier_.prepare(block(i), atoms_t_.get() + i * width_ * pitch_, gram_.get() + i * p_.n_atoms * pitch_);
     });
     if (!atoms_are_unit(error, error_size)) return false;
 
@@ -100,7 +99,8 @@ class Coder {
 
  private:
   OmpBlock block(int64_t i) const {
-    return {p_.n_atoms, width_, pitch_, p_.bank_atoms, p_.bank_limit, atoms_t_.get() + i * width_ * pitch_,
+    const float* atoms = p_.dictionary + i * p_.n_atoms * width_;
+    return {p_.n_atoms, width_, pitch_, p_.bank_atoms, p_.bank_limit, atoms, atoms_t_.get() + i * width_ * pitch_,
             gram_.get() + i * p_.n_atoms * pitch_};
   }
 

@@ -8,13 +8,14 @@ namespace dsformer {
 // Rows of the Gram matrix are padded with zero atoms to whole cache lines, so that no inner loop has a tail.
 constexpr int64_t kOmpPad = 16;
 
-// One block of the weight, prepared for coding. All pointers are 64-byte aligned.
+// One block of the weight, prepared for coding. What is padded is 64-byte aligned.
 struct OmpBlock {
   int64_t n_atoms;       // K
   int64_t width;         // B
   int64_t pitch;         // K rounded up to kOmpPad
   int64_t bank_atoms;    // atoms of each bank but the last
   int64_t bank_limit;    // most codes of a row in one bank
+  const float* atoms;    // (K, B): the dictionary
   const float* atoms_t;  // (B, pitch): the dictionary transposed, padding zero
   const float* gram;     // (K, pitch): D Dᵀ, padding zero
 };
@@ -30,8 +31,8 @@ struct OmpRows {
 };
 
 struct OmpTier {
-  // Fills atoms_t and gram of a block from its dictionary (K, B).
-  void (*prepare)(const float* dictionary, const OmpBlock& block, float* atoms_t, float* gram);
+  // Fills atoms_t and gram of a block from its atoms.
+  void (*prepare)(const OmpBlock& block, float* atoms_t, float* gram);
   // Floats of 64-byte aligned scratch that code and refit need.
   int64_t (*scratch_floats)(const OmpBlock& block, int64_t n_nonzero);
   // Both return the number of the first row that is not finite, or -1 when all went well.

@@ -1,14 +1,16 @@
-// Batch-OMP of the rows of one block, one row at a time.
+// Batch-OMP of the rows of one block.
 //
 // R. Rubinstein, M. Zibulevsky, M. Elad, "Efficient Implementation of the K-SVD Algorithm using Batch Orthogonal
 // Matching Pursuit", Technion CS-2008-08: with the Gram matrix G = D Dᵀ at hand, the correlations of all atoms with
 // the residual of a row x are  alpha = D x - G_I gamma,  so the residual itself is never formed; and gamma, the
 // least-squares values on the support I, comes from a Cholesky factor of G_II that grows by one row a step.
 //
-// Lanes are atoms. A row's working set (alpha0, alpha: 2 K floats, and an S x S factor) stays in L1; the Gram rows
-// come from L2. This file is compiled once per tier and leaves the vectorising to the compiler: maxima are taken on
-// integer bit patterns, because a float maximum would need -ffast-math. It calls nothing inline from the standard
-// library (see omp.h).
+// Coding has atoms for its lanes. A row's working set (alpha0, alpha: 2 K floats, and an S x S factor) stays in L1; the
+// Gram rows come from L2. Refitting knows the support, so it wants S correlations and no others, and what is left is one
+// Cholesky solution a row: there lanes are rows.
+// This file is compiled once per tier and leaves the vectorising to the compiler: maxima are taken on integer bit
+// patterns, because a float maximum would need -ffast-math. It calls nothing inline from the standard library (see
+// omp.h).
 #include "omp.h"
 
 #include <limits.h>
@@ -105,8 +107,30 @@ Scratch carve(float* memory, int64_t pitch, int64_t n) {
   return s;
 }
 
+// Rows that are refitted together.
+constexpr int64_t kLanes = 8;
+
+// The scratch of kLanes rows that are refitted together.
+struct LaneScratch {
+  double (*factor)[kLanes];      // (S, S): lower Cholesky factor
+  double (*reciprocal)[kLanes];  // (S): of its diagonal (0: dependent atom)
+  double (*z)[kLanes];           // (S): first D_I x, then the solution of  factor z = D_I x
+  double (*gamma)[kLanes];       // (S)
+};
+
+LaneScratch carve_lanes(float* memory, int64_t n) {
+  LaneScratch s;
+  s.factor = reinterpret_cast<double(*)[kLanes]>(memory);
+  s.reciprocal = s.factor + n * n;
+  s.z = s.reciprocal + n;
+  s.gamma = s.z + n;
+  return s;
+}
+
 int64_t scratch_floats(const OmpBlock& block, int64_t n) {
-  return 2 * (n * n + 2 * n) + kOmpPad + 3 * block.pitch + n + banks_of(block);
+  const int64_t coding = 2 * (n * n + 2 * n) + kOmpPad + 3 * block.pitch + n + banks_of(block);
+  const int64_t refitting = 2 * kLanes * (n * n + 3 * n);
+  return coding > refitting ? coding : refitting;
 }
 
 // Appends atom `support[n]` to the Cholesky factor and its entry to z. Returns false when the atom depends on the
@@ -196,14 +220,70 @@ bool code_row(const OmpBlock& block, const float* x, int64_t capacity, int32_t* 
   return true;
 }
 
-bool refit_row(const OmpBlock& block, const float* x, int64_t n, const int32_t* support, float* values,
-               const Scratch& s) {
-  if (max_magnitude_bits(x, block.width) >= kInfinityBits) return false;
-  add_rows(s.alpha0, s.zeros, block.pitch, block.atoms_t, nullptr, x, block.width);
-  for (int64_t i = 0; i < n; ++i) append_atom(block, s, support, i, n);
-  solve(s, n, n);
-  for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(s.gamma[i]);
-  return max_magnitude_bits(values, n) < kInfinityBits;
+float dot(const float* __restrict a, const float* __restrict b, int64_t n) {
+  float sums[kOmpPad] = {};  // enough chains for the widest registers
+  int64_t i = 0;
+  for (; i + kOmpPad <= n; i += kOmpPad) {
+    for (int64_t t = 0; t < kOmpPad; ++t) sums[t] += a[i + t] * b[i + t];
+  }
+  for (int64_t t = 0; i + t < n; ++t) sums[t] += a[i + t] * b[i + t];
+  for (int64_t half = kOmpPad / 2; half > 0; half /= 2) {
+    for (int64_t t = 0; t < half; ++t) sums[t] += sums[t + half];
+  }
+  return sums[0];
+}
+
+// What refitting one row in a lane starts from: the Gram matrix of its support, and the support's correlations with x.
+void fill_lane(const OmpBlock& block, const float* x, int64_t n, const int32_t* support, int64_t lane,
+               const LaneScratch& s) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float* gram_row = block.gram + support[i] * block.pitch;
+    for (int64_t j = 0; j <= i; ++j) s.factor[i * n + j][lane] = gram_row[support[j]];
+    s.z[i][lane] = dot(block.atoms + support[i] * block.width, x, block.width);
+  }
+}
+
+// gamma from  G gamma = z  in every lane, by Cholesky as in append_atom and solve. Loops over lanes read and write
+// locals alone, for the compiler cannot know that the arrays behind the pointers do not overlap.
+void solve_lanes(const LaneScratch& s, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    double (*row)[kLanes] = s.factor + i * n;
+    double pivot[kLanes], z[kLanes];
+    memcpy(pivot, row[i], sizeof pivot);
+    memcpy(z, s.z[i], sizeof z);
+    for (int64_t j = 0; j < i; ++j) {
+      const double (*earlier)[kLanes] = s.factor + j * n;
+      double w[kLanes];
+      memcpy(w, row[j], sizeof w);
+      for (int64_t t = 0; t < j; ++t) {
+        for (int64_t l = 0; l < kLanes; ++l) w[l] -= earlier[t][l] * row[t][l];
+      }
+      for (int64_t l = 0; l < kLanes; ++l) {
+        w[l] *= s.reciprocal[j][l];
+        pivot[l] -= w[l] * w[l];
+        z[l] -= w[l] * s.z[j][l];
+      }
+      memcpy(row[j], w, sizeof w);
+    }
+    double reciprocal[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const bool independent = pivot[l] > kMinPivot;
+      const double inverse = 1.0 / __builtin_sqrt(independent ? pivot[l] : 1.0);
+      reciprocal[l] = independent ? inverse : 0.0;
+      z[l] *= reciprocal[l];
+    }
+    memcpy(s.reciprocal[i], reciprocal, sizeof reciprocal);
+    memcpy(s.z[i], z, sizeof z);
+  }
+  for (int64_t i = n; i-- > 0;) {
+    double g[kLanes];
+    memcpy(g, s.z[i], sizeof g);
+    for (int64_t j = i + 1; j < n; ++j) {
+      for (int64_t l = 0; l < kLanes; ++l) g[l] -= s.factor[j * n + i][l] * s.gamma[j][l];
+    }
+    for (int64_t l = 0; l < kLanes; ++l) g[l] *= s.reciprocal[i][l];
+    memcpy(s.gamma[i], g, sizeof g);
+  }
 }
 
 int64_t code(const OmpBlock& block, const OmpRows& rows, float* memory) {
@@ -217,23 +297,35 @@ int64_t code(const OmpBlock& block, const OmpRows& rows, float* memory) {
 
 int64_t refit(const OmpBlock& block, const OmpRows& rows, float* memory) {
   const int64_t n = rows.n_nonzero;
-  const Scratch s = carve(memory, block.pitch, n);
-  for (int64_t r = 0; r < rows.n_rows; ++r) {
-    if (!refit_row(block, rows.x + r * rows.x_pitch, n, rows.indices + r * n, rows.values + r * n, s)) return r;
+  const LaneScratch s = carve_lanes(memory, n);
+  for (int64_t first = 0; first < rows.n_rows; first += kLanes) {
+    const int64_t left = rows.n_rows - first, count = left < kLanes ? left : kLanes;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t r = first + (lane < count ? lane : count - 1);  // lanes to spare do the last row once more
+      fill_lane(block, rows.x + r * rows.x_pitch, n, rows.indices + r * n, lane, s);
+    }
+    solve_lanes(s, n);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t r = first + lane;
+      float* values = rows.values + r * n;
+      for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(s.gamma[i][lane]);
+      if (max_magnitude_bits(rows.x + r * rows.x_pitch, block.width) >= kInfinityBits) return r;
+      if (max_magnitude_bits(values, n) >= kInfinityBits) return r;
+    }
   }
   return -1;
 }
 
-void prepare(const float* dictionary, const OmpBlock& block, float* atoms_t, float* gram) {
+void prepare(const OmpBlock& block, float* atoms_t, float* gram) {
   memset(atoms_t, 0, block.width * block.pitch * sizeof(float));
   for (int64_t k = 0; k < block.n_atoms; ++k) {
-    for (int64_t b = 0; b < block.width; ++b) atoms_t[b * block.pitch + k] = dictionary[k * block.width + b];
+    for (int64_t b = 0; b < block.width; ++b) atoms_t[b * block.pitch + k] = block.atoms[k * block.width + b];
   }
   memset(gram, 0, block.n_atoms * block.pitch * sizeof(float));
   for (int64_t k = 0; k < block.n_atoms; ++k) {
     float* row = gram + k * block.pitch;
     for (int64_t b = 0; b < block.width; ++b) {
-      const float d = dictionary[k * block.width + b];
+      const float d = block.atoms[k * block.width + b];
       const float* __restrict column = atoms_t + b * block.pitch;
       for (int64_t j = 0; j < block.pitch; ++j) row[j] += d * column[j];
     }

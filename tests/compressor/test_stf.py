@@ -60,6 +60,29 @@ def test_dictionary_gradient_is_that_of_half_the_squared_error(model: BertForSeq
     torch.testing.assert_close(stack.dictionary.grad, free.grad)
 
 
+@pytest.mark.parametrize("change", ["coded", "loaded", "moved"])
+def test_dictionary_gradient_follows_supports_that_change(model: BertForSequenceClassification, change: str) -> None:
+    """The order of the nonzeros is kept from step to step, but not beyond the supports that it is of."""
+    stack = factorize_model(model, CONFIG, KSVDConfig(1))[0]
+    model(**inputs()).logits.sum().backward()
+    stack.dictionary.grad = None
+    if change == "coded":
+        for name in stack.names:
+            nn.init.normal_(model.get_submodule(name).weight)
+        assert code_model(model) > 0.1
+    else:
+        indices = stack.indices.roll(3, dims=1)
+        code_model(model, afresh=False)
+        if change == "loaded":
+            model.load_state_dict({**model.state_dict(), "factorized_stacks.0.indices": indices})
+        else:
+            stack.indices = indices
+    model(**inputs()).logits.sum().backward()
+    error = blocks(stack.dense() - stacked_weight(model, stack.names).detach(), 8)
+    codes = dense_codes(stack.indices, stack.values, stack.plan.n_atoms)
+    torch.testing.assert_close(stack.dictionary.grad, codes.transpose(1, 2) @ error)
+
+
 def test_dictionary_gradient_is_collected_once_a_step(model: BertForSequenceClassification) -> None:
     """Two micro-batches after one coding give grad W twice and grad D once; so do no-grad passes between them."""
     stack = factorize_model(model, CONFIG, KSVDConfig(1))[0]

@@ -170,16 +170,19 @@ def test_weight_scale_does_not_matter():
         np.testing.assert_array_equal(scaled[1], values * np.float32(scale))
 
 
-def test_refit_is_least_squares_on_the_support():
-    weight, dictionary = problem(90, 2, 48, 32)
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 90, 130])  # around what is refitted together, and a task
+@pytest.mark.parametrize(("n_atoms", "width", "n_nonzero"), [(48, 32, 7), (2, 1, 1), (17, 5, 3), (40, 33, 13)])
+def test_refit_is_least_squares_on_the_support(rows, n_atoms, width, n_nonzero):
+    weight, dictionary = problem(rows, 2, n_atoms, width)
     rng = np.random.default_rng(1)
-    indices = rng.permuted(np.tile(np.arange(48, dtype=np.int32), (2, 90, 1)), axis=2)[:, :, :7].copy()
+    atoms = np.tile(np.arange(n_atoms, dtype=np.int32), (2, rows, 1))
+    indices = rng.permuted(atoms, axis=2)[:, :, :n_nonzero].copy()
     values = refit(weight, dictionary, indices)
-    for i, r in np.ndindex(2, 90):
+    for i, r in np.ndindex(2, rows):
         atoms = dictionary[i, indices[i, r]].astype(np.float64)
-        row = weight[r, i * 32 : (i + 1) * 32].astype(np.float64)
+        row = weight[r, i * width : (i + 1) * width].astype(np.float64)
         expected = np.linalg.lstsq(atoms.T, row, rcond=None)[0]
-        np.testing.assert_allclose(values[i, r], expected, atol=1e-4)
+        np.testing.assert_allclose(values[i, r], expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
 def test_refit_gives_dependent_atoms_nothing():

@@ -25,6 +25,7 @@ from kernels import isa, library_path, reference
 from kernels.onnx_op import PRECISIONS
 
 TIERS = ("scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16")
+TEST_OMP = Path(__file__).with_name("test_omp.py")
 RUN_MODELS = Path(__file__).with_name("run_models.py")
 RUN_GUARDED = Path(__file__).with_name("run_guarded.py")
 
@@ -137,6 +138,13 @@ def test_tier_stays_within_its_tensors(models, tier):
     done = run([sys.executable, RUN_GUARDED, library_path(), folder], DSFORMER_ISA=tier)
     assert done.returncode == 0, f"status {done.returncode} (-11: memory that is not a tensor's)\n{done.stderr}"
     check_outputs(folder, checks, tier)
+
+
+@pytest.mark.parametrize("tier", ["scalar", "avx2", "avx512"], indirect=True)
+def test_tier_codes(tier):
+    """All that is asked of batch-OMP and of refitting, of each tier that they are compiled for."""
+    done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TEST_OMP], DSFORMER_ISA=tier)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name", ["X", "dictionary", "values", "norm_weight", "residual"])
