@@ -343,6 +343,20 @@ def test_a_piece_is_measured_against_the_same_without_it(unbroken: Path, tmp_pat
     assert sorted(methods) == ["ds", "ds:x=1:y=2", "svd"], "pieces that were not run on all tasks stand apart"
 
 
+def test_of_several_learning_rates_the_best_is_taken(unbroken: Path, tmp_path: Path) -> None:
+    """As with the dense reference; all are listed, and what the rate alone does stands among the pieces."""
+    some = {**rows_of(unbroken)["cola-0-svd-2.8x"], "stage": "ft-f-stf"}
+    scores = {"ds": 50.0, "ds:learning-rate=2e-4": 60.0, "ds:learning-rate=1e-4": 55.0}
+    lines = page_of(
+        tmp_path, *({**some, "method": method, "score": score, "drop": 70 - score} for method, score in scores.items())
+    )
+    accuracy = [line for line in lines if line.startswith("| ds") and line.count("|") == 7]
+    ratio = f"{some['compression']['ratio_eq11']:.2f}"
+    assert accuracy == [f"| ds | {ratio} | 60.00 | 60.00 | 10.00 | 10.00 |"]
+    assert "| learning-rate=2e-4 | ds | 2.8x | cola | +10.00 |" in lines
+    assert sum(" | cola | 0 | ds" in line for line in lines) == 3
+
+
 def test_tasks_have_tables_by_what_they_are_trained_on(unbroken: Path, tmp_path: Path) -> None:
     some = rows_of(unbroken)["cola-0-svd-2.8x"]
     tasks = {"cola": 10.0, "mrpc": 20.0, "qnli": 30.0, "squad": 40.0}
