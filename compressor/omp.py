@@ -8,14 +8,19 @@ Pursuit" (2008): the Gram matrix is computed once and residuals are never formed
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import kernels
 from kernels.banks import bank_atoms
+
+T = TypeVar("T")
 
 # Floats the batched form may hold at once in its (rows, S, K) buffer: 64 Mi floats are 256 MiB.
 _BUFFER_FLOATS = 64 * 2**20
@@ -28,7 +33,11 @@ def blocks(weight: Tensor, block_size: int) -> Tensor:
     return weight.reshape(weight.shape[0], -1, block_size).transpose(0, 1)
 
 
-@torch.no_grad()
+# (weight, dictionary, n_nonzero, bank_limit), the arguments of sparse_code; (weight, dictionary, indices), of refit.
+CodeProblem: TypeAlias = tuple[Tensor, Tensor, int, "int | None"]
+RefitProblem: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
 def sparse_code(
     weight: Tensor, dictionary: Tensor, n_nonzero: int, bank_limit: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -38,29 +47,58 @@ def sparse_code(
     least-squares coefficients on that support. Rows that need fewer atoms carry zeros. ``bank_limit``: most codes of
     a row in one bank (kernels/banks.py); None: as many as there are.
     """
-    if weight.device.type == "cpu":
-        indices, values = kernels.batch_omp(
-            weight.detach().contiguous().numpy(),
-            dictionary.detach().contiguous().numpy(),
-            n_nonzero,
-            bank_limit,
-            torch.get_num_threads(),
-        )
-        return torch.from_numpy(indices).long(), torch.from_numpy(values)
-    return sparse_code_batched(weight, dictionary, n_nonzero, bank_limit)
+    return sparse_code_all([(weight, dictionary, n_nonzero, bank_limit)])[0]
 
 
 @torch.no_grad()
+def sparse_code_all(problems: Sequence[CodeProblem]) -> list[tuple[Tensor, Tensor]]:
+    """:func:`sparse_code` of several matrices."""
+    if problems[0][0].device.type != "cpu":
+        return [sparse_code_batched(*problem) for problem in problems]
+    calls = [
+        partial(kernels.batch_omp, _array(weight), _array(dictionary), n_nonzero, bank_limit)
+        for weight, dictionary, n_nonzero, bank_limit in problems
+    ]
+    return [(torch.from_numpy(indices).long(), torch.from_numpy(values)) for indices, values in _side_by_side(calls)]
+
+
 def refit(weight: Tensor, dictionary: Tensor, indices: Tensor) -> Tensor:
     """Least-squares ``values`` (N/B, M, S) on given supports: what changes between two codings."""
-    if weight.device.type == "cpu":
-        values = kernels.refit(
-            weight.detach().contiguous().numpy(),
-            dictionary.detach().contiguous().numpy(),
-            indices.to(torch.int32).contiguous().numpy(),
-            torch.get_num_threads(),
-        )
-        return torch.from_numpy(values)
+    return refit_all([(weight, dictionary, indices)])[0]
+
+
+@torch.no_grad()
+def refit_all(problems: Sequence[RefitProblem]) -> list[Tensor]:
+    """:func:`refit` of several matrices."""
+    if problems[0][0].device.type != "cpu":
+        return [_refit_batched(*problem) for problem in problems]
+    calls = [
+        partial(kernels.refit, _array(weight), _array(dictionary), _array(indices.to(torch.int32)))
+        for weight, dictionary, indices in problems
+    ]
+    return [torch.from_numpy(values) for values in _side_by_side(calls)]
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().numpy()
+
+
+def _side_by_side(calls: Sequence[Callable[..., T]]) -> list[T]:
+    """What native calls return, given their share of PyTorch's number of threads.
+
+    After each parallel operation PyTorch's own threads spin for about a millisecond, on cores that ours want: native
+    calls in turns with PyTorch's took twice as long. So all that PyTorch does comes first, and then all of them.
+    """
+    threads = torch.get_num_threads()
+    each = max(1, threads // len(calls))
+    if threads == 1 or len(calls) == 1:
+        return [call(threads=each) for call in calls]
+    with ThreadPoolExecutor(threads) as pool:
+        return [future.result() for future in [pool.submit(call, threads=each) for call in calls]]
+
+
+def _refit_batched(weight: Tensor, dictionary: Tensor, indices: Tensor) -> Tensor:
+    """:func:`refit` as tensor operations."""
     targets = blocks(weight, dictionary.shape[2])  # (nb, M, B)
     nb, m, s = indices.shape
     atoms = dictionary.gather(1, indices.reshape(nb, m * s, 1).expand(-1, -1, dictionary.shape[2]))

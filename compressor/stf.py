@@ -36,7 +36,16 @@ from compressor.layers import (
     replace_layer,
     stacked_weight,
 )
-from compressor.omp import Users, blocks, gram_of_codes, reconstruct, refit, sparse_code, transposed_product
+from compressor.omp import (
+    Users,
+    blocks,
+    gram_of_codes,
+    reconstruct,
+    refit,
+    refit_all,
+    sparse_code_all,
+    transposed_product,
+)
 from compressor.progress import progress
 
 # Where atoms share their users the closed-form step is damped, by this share of the mean diagonal of SᵀS.
@@ -101,23 +110,16 @@ class FactorizedStack(nn.Module):
         self.dictionary.requires_grad_(True)
         self.values.requires_grad_(True)
 
-    @torch.no_grad()
-    def code(self, weight: Tensor, *, afresh: bool = True, hysteresis: float = 0.0) -> float:
-        """New codes of the stacked ``weight`` (M, N); ``afresh=False`` keeps the supports and re-solves values.
-
-        A row of a block keeps its support, too, unless a fresh one lowers its error by more than the share
-        ``hysteresis``. Returns the share of support entries that changed. Call it once an optimiser step, before the
-        forward pass.
-        """
+    def target(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The stacked ``weight`` (M, N) and the atoms, renormalised first, as the metric sees them: what is coded."""
         self._collected.clear()
         lengths = self._in_metric(self.dictionary).norm(dim=2, keepdim=True)
         self.dictionary.div_(lengths.clamp_min(1e-12))
-        atoms = self._in_metric(self.dictionary)
-        weight = self._in_metric(blocks(weight, self.plan.block_size)).transpose(0, 1).flatten(1)
-        if not afresh:
-            self.values.copy_(refit(weight, atoms, self.indices))
-            return 0.0
-        indices, values = sparse_code(weight, atoms, self.plan.n_nonzero, self.plan.bank_limit)
+        rows = self._in_metric(blocks(weight, self.plan.block_size))
+        return rows.transpose(0, 1).flatten(1), self._in_metric(self.dictionary)
+
+    def take(self, indices: Tensor, values: Tensor, weight: Tensor, atoms: Tensor, hysteresis: float) -> float:
+        """Fresh codes of :meth:`target`, where they are enough better; returns the share of entries that changed."""
         if hysteresis:
             refitted = refit(weight, atoms, self.indices)
             fresh, old = _row_errors(weight, atoms, indices, values), _row_errors(weight, atoms, self.indices, refitted)
@@ -128,10 +130,13 @@ class FactorizedStack(nn.Module):
         self.values.copy_(values)
         return 1.0 - float(kept)
 
-    def take_codes_of(self, owner: int) -> None:
+    def take_codes_of(self, owner: int, afresh: bool) -> None:
         """D and the codes as one of several processes has them, in place of coding."""
         self._collected.clear()
-        processes.broadcast([self.dictionary, self.values, self.indices], owner)
+        processes.broadcast([self.dictionary, self.values], owner)
+        if afresh:
+            processes.broadcast([self.indices], owner)
+            self._users_of = None  # a broadcast changes a tensor without counting it as a change
 
     @torch.no_grad()
     def solve_dictionary(self, weight: Tensor, share: float) -> None:
@@ -174,6 +179,31 @@ class FactorizedStack(nn.Module):
         if start not in self._users:
             self._users[start] = Users.of(self.indices[:, start:stop], self.plan.n_atoms)
         return self._users[start]
+
+
+@torch.no_grad()
+def code_stacks(
+    stacks: Sequence[FactorizedStack], weights: Sequence[Tensor], *, afresh: bool = True, hysteresis: float = 0.0
+) -> list[float]:
+    """New codes of the stacked ``weights`` (M, N) of each; ``afresh=False`` keeps the supports and re-solves values.
+
+    A row of a block keeps its support, too, unless a fresh one lowers its error by more than the share
+    ``hysteresis``. Returns the share of support entries that changed in each. Call it once an optimiser step, before
+    the forward pass.
+    """
+    if not stacks:  # there are more processes than stacks
+        return []
+    targets = [stack.target(weight) for stack, weight in zip(stacks, weights, strict=True)]
+    if not afresh:
+        known = [(*target, stack.indices) for target, stack in zip(targets, stacks, strict=True)]
+        for stack, values in zip(stacks, refit_all(known), strict=True):
+            stack.values.copy_(values)
+        return [0.0] * len(stacks)
+    sizes = [(stack.plan.n_nonzero, stack.plan.bank_limit) for stack in stacks]
+    codes = sparse_code_all([(*target, *size) for target, size in zip(targets, sizes, strict=True)])
+    return [
+        stack.take(*fresh, *target, hysteresis) for stack, fresh, target in zip(stacks, codes, targets, strict=True)
+    ]
 
 
 def _row_errors(weight: Tensor, dictionary: Tensor, indices: Tensor, values: Tensor) -> Tensor:
@@ -262,13 +292,14 @@ def code_model(model: nn.Module, *, afresh: bool = True, hysteresis: float = 0.0
     owners = processes.share_out(
         [stack.plan.n_atoms * stack.plan.out_features * stack.plan.n_blocks for stack in stacks]
     )
-    flips = torch.zeros((), dtype=torch.float64, device=stacks[0].indices.device)
-    for stack, owner in zip(stacks, owners, strict=True):
-        if owner == processes.rank():
-            flips += stack.code(stacked_weight(model, stack.names), afresh=afresh, hysteresis=hysteresis)
+    own = [stack for stack, owner in zip(stacks, owners, strict=True) if owner == processes.rank()]
+    changed = code_stacks(
+        own, [stacked_weight(model, stack.names) for stack in own], afresh=afresh, hysteresis=hysteresis
+    )
+    flips = torch.tensor(sum(changed), dtype=torch.float64, device=stacks[0].indices.device)
     if processes.count() > 1:
         for stack, owner in zip(stacks, owners, strict=True):
-            stack.take_codes_of(owner)
+            stack.take_codes_of(owner, afresh)
         processes.add_up([flips])
     return float(flips) / len(stacks)
 

@@ -26,7 +26,7 @@ import kernels
 from compressor import checkpoint
 from compressor.config import CompressionConfig, KSVDConfig, TrainConfig
 from compressor.data import collate
-from compressor.omp import transposed_product
+from compressor.omp import Users, transposed_product
 from compressor.pipeline import versions
 from compressor.stf import code_model, factorize_model, solve_dictionaries, stacks_of
 from compressor.tasks import find_task
@@ -70,7 +70,7 @@ def loops(options: argparse.Namespace) -> dict[str, _Loop]:
 def parts(loop: _Loop) -> dict[str, Callable[[], Any]]:
     """What STF does in a step besides training a dense model, and a teacher's forward pass."""
     model, stacks = loop.model, loop.stacks
-    products = [(stack, stack.dense()) for stack in stacks]
+    products = [(stack, stack.dense(), Users.of(stack.indices, stack.plan.n_atoms)) for stack in stacks]
     batch = collate(loop._next(), 0)
     batch.pop("labels")
 
@@ -83,8 +83,10 @@ def parts(loop: _Loop) -> dict[str, Callable[[], Any]]:
         "coding by OMP": lambda: code_model(model),
         "values anew on kept supports": lambda: code_model(model, afresh=False),
         "S·D": lambda: [stack.dense() for stack in stacks],
+        "order of fresh nonzeros": lambda: [Users.of(stack.indices, stack.plan.n_atoms) for stack in stacks],
         "gradient of D": lambda: [
-            transposed_product(stack.indices, stack.values, product, stack.plan.n_atoms) for stack, product in products
+            transposed_product(stack.indices, stack.values, product, stack.plan.n_atoms, users)
+            for stack, product, users in products
         ],
         "closed-form step of D": lambda: solve_dictionaries(model, 0.0),
         "a dense forward pass (the teacher's)": teacher,

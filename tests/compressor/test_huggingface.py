@@ -31,12 +31,12 @@ from transformers import (
 from compressor import checkpoint as checkpoints
 from compressor.checkpoint import Record
 from compressor.config import ConfigError, MethodOptions
-from compressor.layers import compressed_layers, materialize
+from compressor.layers import compressed_layers, materialize, stacked_weight
 from compressor.methods import find_method
 from compressor.omp import blocks, dense_codes
 from compressor.quantizer import DSFormerConfig
 from compressor.share import share_folder
-from compressor.stf import stacks_of
+from compressor.stf import code_stacks, stacks_of
 from compressor.tasks import find_task
 
 ROOT = Path(__file__).parents[2]
@@ -270,7 +270,7 @@ def test_the_trainer_codes_once_a_step(
     assert watch.n_codings == 3
     for stack in stacks_of(model):
         held = stack.values.clone()
-        assert stack.code(torch.cat([model.get_submodule(name).weight for name in stack.names])) == 0.0
+        assert code_stacks([stack], [stacked_weight(model, stack.names)]) == [0.0]
         torch.testing.assert_close(stack.values.detach(), held.detach(), atol=1e-5, rtol=1e-5)
 
 

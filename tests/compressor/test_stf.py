@@ -12,6 +12,7 @@ from compressor.omp import blocks, dense_codes
 from compressor.stf import (
     FactorizedLinear,
     code_model,
+    code_stacks,
     factorize_model,
     plan_model,
     pull_to_products,
@@ -119,7 +120,7 @@ def test_codes_in_a_metric_are_its_least_squares(model: BertForSequenceClassific
     stack = factorize_model(model, CONFIG, KSVDConfig(2))[0]
     weight = stacked_weight(model, stack.names).detach()
     stack.metric = torch.randn(stack.plan.n_blocks, 8, 8, generator=torch.Generator().manual_seed(0)).triu()
-    stack.code(weight, afresh=afresh)
+    code_stacks([stack], [weight], afresh=afresh)
     atoms = stack.dictionary @ stack.metric
     torch.testing.assert_close(atoms.norm(dim=2), torch.ones(atoms.shape[:2]))
     left = blocks(weight - stack.dense(), 8) @ stack.metric
@@ -142,7 +143,7 @@ def test_hysteresis_keeps_supports_that_are_nearly_as_good(
     def coded(**how: object) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Supports, errors of the rows, flips."""
         stack.load_state_dict(start)
-        flips = stack.code(weight, **how)  # type: ignore[arg-type]
+        (flips,) = code_stacks([stack], [weight], **how)  # type: ignore[arg-type]
         left = blocks(weight - stack.dense(), 8) @ (stack.metric if with_metric else torch.eye(8))
         return stack.indices.clone(), left.norm(dim=2), flips
 
