@@ -24,7 +24,8 @@ _UNTRAINED = "ft-f"
 def write_report(study: Path, report: Path) -> None:
     """Tables of all rows in the folder ``study`` into ``report`` (Markdown); plots into the folder of its stem.
 
-    Folders within ``study`` may hold studies of other bases, each of which gets a section of its own.
+    Folders within ``study`` may hold studies of other bases, each of which gets a section of its own. What its
+    ``notes.md`` says of the numbers, if there is one, stands before them.
     """
     rows = read_rows(study)
     others = [read_rows(path.parent) for path in sorted(study.glob("*/rows"))]
@@ -35,8 +36,11 @@ def write_report(study: Path, report: Path) -> None:
     }
     steps = [json.loads(path.read_text()) for path in sorted(study.glob("steps-*.json"))]
     chosen = _best_rates(rows)
+    everything = [*rows, *(row for found in others for row in found)]
+    notes = study / "notes.md"
     sections = [
-        _introduction([*rows, *(row for found in others for row in found)]),
+        _introduction(everything),
+        notes.read_text().strip() if notes.is_file() else "",
         _accuracy(chosen, _tried(rows)),
         _frontier(chosen, plots),
         _untrained(rows),
@@ -46,7 +50,7 @@ def write_report(study: Path, report: Path) -> None:
         *(_steps(rows, timed) for timed in steps),
         *(_other_base(_best_rates(found)) for found in others),
         _weight_errors(weights, plots),
-        _all_runs([rows, *others]),
+        _all_runs(everything),
     ]
     replace_file(report, ("\n\n".join(filter(None, sections)) + "\n").encode())
 
@@ -65,17 +69,12 @@ def read_rows(study: Path) -> list[Row]:
 def _introduction(rows: Sequence[Row]) -> str:
     cpus = ", ".join(sorted({row["cpu"] for row in rows}))
     minutes = sum(row["minutes"] for row in rows)
-    # The command of any compressed model makes its dense reference, too.
-    commands = sorted({row["command"] for row in rows if row["method"] != "dense"} or {rows[0]["command"]})
     return "\n".join(
         [
             "# Results",
             "",
-            f"{len(rows)} runs on {cpus}, {minutes / 60:.1f} hours of training in all; made by",
-            "",
-            "```sh",
-            *commands,
-            "```",
+            f"{len(rows)} runs on {cpus}, {minutes / 60:.1f} hours of training in all; they and the commands that made "
+            "them are listed at the end.",
             "",
             "Scores are of the dev sets, in points: Matthews correlation for CoLA, F1 for MRPC, QQP and SQuAD, "
             "Spearman correlation for STS-B, accuracy for the others. Each is measured once, on the last weights, in "
@@ -318,7 +317,8 @@ def _weight_errors(weights: Mapping[str, Sequence[Row]], plots: Path) -> str:
     return f"## Errors of the weights\n\n{text}\n\n{table}\n\n{figure}"
 
 
-def _all_runs(studies: Sequence[Sequence[Row]]) -> str:
+def _all_runs(rows: Sequence[Row]) -> str:
+    commands = sorted({row["command"] for row in rows})
     lines = [
         [
             _base(row),
@@ -329,12 +329,13 @@ def _all_runs(studies: Sequence[Sequence[Row]]) -> str:
             f"{row['score']:.2f}",
             *("" if row[name] is None else str(row[name]) for name in ("train_rows", "steps")),
             f"{row['minutes']:.1f}",
+            str(1 + commands.index(row["command"])),
         ]
-        for rows in studies
         for row in rows
     ]
-    header = ["base", "task", "seed", "method", "CR", "score", "rows", "steps", "minutes"]
-    return "## Every run\n\n" + _table(header, lines)
+    header = ["base", "task", "seed", "method", "CR", "score", "rows", "steps", "minutes", "command"]
+    listed = "\n".join(f"{number}. `{command}`" for number, command in enumerate(commands, start=1))
+    return f"## Every run\n\n{_table(header, lines)}\n\n## Commands\n\n{listed}"
 
 
 def _name(row: Row) -> str:

@@ -310,7 +310,11 @@ def test_the_page_has_the_numbers_of_the_rows(study: Study, unbroken: Path, tmp_
     assert line[1] == f"{svd[0]['compression']['ratio_eq11']:.2f}"
     assert line[2].startswith(f"{mean:.2f} ± ")
     assert line[4] == f"{sum(row['drop'] for row in svd) / 2:.2f}"
-    assert sum(len(line) == 9 and line[:2] == ["base", "cola"] for line in lines) == len(rows), "every run is listed"
+    listed = [line for line in lines if len(line) == 10 and line[:2] == ["base", "cola"]]
+    assert len(listed) == len(rows), "every run is listed"
+    command = next(iter(rows.values()))["command"]
+    assert {line[-1] for line in listed} == {"1"}, "with its command"
+    assert f"\n1. `{command}`\n" in text
     assert str(tmp_path) not in text, "no folder of a machine"
     for name in ("frontier.svg", "weights.svg"):
         assert f"(results/{name})" in text
@@ -318,6 +322,13 @@ def test_the_page_has_the_numbers_of_the_rows(study: Study, unbroken: Path, tmp_
     before = text, (tmp_path / "results" / "frontier.svg").read_bytes()
     write_report(unbroken, tmp_path / "results.md")
     assert before == ((tmp_path / "results.md").read_text(), (tmp_path / "results" / "frontier.svg").read_bytes())
+
+
+def test_notes_stand_before_the_numbers(unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "notes.md").write_text("## In short\n\nAll is noise.\n")
+    lines = page_of(tmp_path, *rows_of(unbroken).values())
+    assert lines.index("# Results") < lines.index("All is noise.") < lines.index("## Accuracy after training")
 
 
 def page_of(folder: Path, *rows: dict[str, Any]) -> list[str]:
