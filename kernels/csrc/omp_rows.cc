@@ -47,13 +47,15 @@ int32_t max_magnitude_bits(const float* x, int64_t n) {
   return best;
 }
 
+// In arithmetic: with a condition in it GCC makes this loop scalar, and then it takes most of a coding's time.
 int32_t first_with_magnitude(const float* x, int32_t n, int32_t wanted) {
-  int32_t first = INT_MAX;
+  uint32_t first = UINT_MAX;
   for (int32_t i = 0; i < n; ++i) {
-    const int32_t candidate = magnitude_bits(x[i]) == wanted ? i : INT_MAX;
+    const uint32_t other = magnitude_bits(x[i]) != wanted;
+    const uint32_t candidate = static_cast<uint32_t>(i) | (0u - other);
     first = candidate < first ? candidate : first;
   }
-  return first;
+  return static_cast<int32_t>(first);
 }
 
 // out = base + sum_j coefficients[j] * rows[j]; four rows a pass, so that `out` is stored once for four FMAs.
