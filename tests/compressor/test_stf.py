@@ -1,5 +1,7 @@
 """The straight-through rule of algorithm 1, stacking, frozen supports, and the way back to plain layers."""
 
+import copy
+
 import pytest
 import torch
 from tiny import make_config
@@ -112,6 +114,29 @@ def test_coding_afresh_follows_the_weights_and_refit_keeps_supports(model: BertF
     assert torch.equal(stacks[0].indices, supports)
     assert code_model(model) > 0.01
     assert not torch.equal(stacks[0].indices, supports)
+
+
+@pytest.mark.parametrize("afresh", [True, False])
+def test_coding_does_not_depend_on_threads(model: BertForSequenceClassification, afresh: bool) -> None:
+    """With several, matrices are coded side by side."""
+    stacks = factorize_model(model, CONFIG, KSVDConfig(1))
+    with torch.no_grad():
+        for name in (name for stack in stacks for name in stack.names):
+            weight = model.get_submodule(name).weight
+            weight.add_(0.3 * torch.randn_like(weight))
+    threads, found = torch.get_num_threads(), []
+    for number in (1, 3):
+        copied = copy.deepcopy(model)
+        try:
+            torch.set_num_threads(number)
+            code_model(copied, afresh=afresh)
+        finally:
+            torch.set_num_threads(threads)
+        found.append([(stack.indices, stack.values) for stack in stacks_of(copied)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+    assert not torch.equal(found[0][0][1], stacks[0].values)
 
 
 @pytest.mark.parametrize("afresh", [True, False])
