@@ -35,7 +35,7 @@ def write_report(study: Path, report: Path) -> None:
         path.stem.removeprefix("weights-"): json.loads(path.read_text()) for path in study.glob("weights-*.json")
     }
     steps = [json.loads(path.read_text()) for path in sorted(study.glob("steps-*.json"))]
-    chosen = _best_rates(rows)
+    chosen = _best_recipes(rows)
     everything = [*rows, *(row for found in others for row in found)]
     notes = study / "notes.md"
     sections = [
@@ -48,7 +48,7 @@ def write_report(study: Path, report: Path) -> None:
         _pieces(rows),
         _schedules(rows, plots),
         *(_steps(rows, timed) for timed in steps),
-        *(_other_base(_best_rates(found)) for found in others),
+        *(_other_base(_best_recipes(found)) for found in others),
         _weight_errors(weights, plots),
         _all_runs(everything),
     ]
@@ -79,9 +79,9 @@ def _introduction(rows: Sequence[Row]) -> str:
             "Scores are of the dev sets, in points: Matthews correlation for CoLA, F1 for MRPC, QQP and SQuAD, "
             "Spearman correlation for STS-B, accuracy for the others. Each is measured once, on the last weights, in "
             "PyTorch; where there are several seeds, mean ± standard deviation. The dense reference is the best of a "
-            "small grid of learning rates, and so is a method that was run at several. Every compressed model starts "
-            "from the dense one of its own seed, which is also its teacher; all methods are trained alike. CR is by "
-            "eq. 11 of the paper, indices included.",
+            "small grid of learning rates, and so is a method that was run at several rates or numbers of steps. Every "
+            "compressed model starts from the dense one of its own seed, which is also its teacher; all methods are "
+            "trained alike. CR is by eq. 11 of the paper, indices included.",
         ]
     )
 
@@ -357,12 +357,12 @@ def _reference(rows: Sequence[Row]) -> list[Row]:
     return list(best.values())
 
 
-def _best_rates(rows: Sequence[Row]) -> list[Row]:
-    """Of compressed rows that differ in their learning rate alone the best, under the label that they share."""
+def _best_recipes(rows: Sequence[Row]) -> list[Row]:
+    """Of compressed rows that differ in how long or how fast they learn the best, under the label that they share."""
     best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         if row["method"] != "dense":
-            label = _label_without(row, "learning-rate=")
+            label = _label_without(row, "learning-rate=", "max-steps=")
             place = row["task"], row["seed"], row["size"], label
             if place not in best or row["score"] > best[place]["score"]:
                 best[place] = {**row, "method": label}
