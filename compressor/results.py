@@ -95,9 +95,10 @@ def _accuracy(rows: Sequence[Row], tried: Collection[Place]) -> str:
 
 
 def _other_base(rows: Sequence[Row]) -> str:
-    """Table 3, what compresses what another method made: the scores of one base, trained and not."""
+    """Table 3, what compresses what another method made: the scores of one base, trained and not, and as stored."""
     compressed = [row for row in rows if row["method"] != "dense"]
-    return f"## On {_base(rows[0])}\n\n{_score_tables([*_reference(rows), *compressed])}"
+    scores = _score_tables([*_reference(rows), *compressed])
+    return "\n\n".join(filter(None, [f"## On {_base(rows[0])}", scores, _storage_table(compressed)]))
 
 
 def _base(row: Row) -> str:
@@ -163,6 +164,15 @@ def _score_table(places: Mapping[Place, Sequence[Row]], tasks: Sequence[str]) ->
 
 
 def _stored(rows: Sequence[Row]) -> str:
+    table = _storage_table(rows)
+    text = (
+        "The exported `model.onnx`, embeddings and all, against the dense weights in float32; and the points that it "
+        "loses to the same model in PyTorch, measured through ONNX Runtime."
+    )
+    return table and f"## Whole files\n\n{text}\n\n{table}"
+
+
+def _storage_table(rows: Sequence[Row]) -> str:
     """What is left of a whole file, embeddings included, and what storing it smaller takes from the score."""
     lines = []
     places: dict[tuple[str, ...], list[tuple[Row, Row]]] = defaultdict(list)
@@ -181,12 +191,7 @@ def _stored(rows: Sequence[Row]) -> str:
         lines.append([method, f"{_ratio([found[0][0]]):.2f}", storage, f"{whole:.2f}", *cells, f"{mean:.2f}"])
     if not lines:
         return ""
-    text = (
-        "The exported `model.onnx`, embeddings and all, against the dense weights in float32; and the points that it "
-        "loses to the same model in PyTorch, measured through ONNX Runtime."
-    )
-    header = ["method", "CR", "storage", "file, times smaller", *tasks, "mean"]
-    return f"## Whole files\n\n{text}\n\n{_table(header, lines)}"
+    return _table(["method", "CR", "storage", "file, times smaller", *tasks, "mean"], lines)
 
 
 def _pieces(rows: Sequence[Row]) -> str:

@@ -409,13 +409,15 @@ def test_other_bases_have_sections_of_their_own(unbroken: Path, tmp_path: Path) 
     settings = {**dense["settings"], "reference": {**dense["settings"]["reference"], "fake_quantize": True}}
     there = {"base_model": "mini", "settings": settings}
     (tmp_path / "study" / "int8" / "rows").mkdir(parents=True)
-    for name, row in {"dense": dense, "svd": rows["cola-0-svd-2.8x"]}.items():
+    stored = {"int8": {"score": 11.5, "file_bytes": 20, "float32_bytes": 100}}
+    for name, row in {"dense": dense, "svd": {**rows["cola-0-svd-2.8x"], "stored": stored}}.items():
         path = tmp_path / "study" / "int8" / "rows" / f"{name}.json"
         path.write_text(json.dumps({**row, **there, "score": 12.0, "drop": 0.5}))
     lines = page_of(tmp_path, *rows.values())
     section = lines[lines.index("## On mini, fine-tuned on an 8-bit grid") :]
     assert "| dense | 1.00 | 12.00 | 12.00 | 0.50 | 0.50 |" in section
     assert any(line.startswith("| svd | ") and "| 12.00 | 12.00 | 0.50 | 0.50 |" in line for line in section)
+    assert any(line.startswith("| svd | ") and "| int8 | 5.00 | 0.50 | 0.50 |" in line for line in section)
     accuracy = lines[lines.index("## Accuracy after training") : lines.index("## On mini, fine-tuned on an 8-bit grid")]
     assert not any("12.00" in line for line in accuracy), "bases are not mixed"
     assert any(line.startswith("| mini, fine-tuned on an 8-bit grid | cola |") for line in lines), "its runs are listed"
