@@ -34,7 +34,7 @@ def blocks(weight: Tensor, block_size: int) -> Tensor:
 
 
 # (weight, dictionary, n_nonzero, bank_limit), the arguments of sparse_code; (weight, dictionary, indices), of refit.
-CodeProblem: TypeAlias = tuple[Tensor, Tensor, int, "int | None"]
+CodeProblem: TypeAlias = tuple[Tensor, Tensor, int, int | None]
 RefitProblem: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 

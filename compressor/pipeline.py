@@ -144,7 +144,7 @@ def finetune(
             quantized["metrics_on_grid"] = evaluate_model(model, loaded.tokenizer, task, validation)
     record = Record(
         task=task.name,
-        base_model=Path(source).name if Path(source).is_dir() else source,
+        base_model=model_name(source),
         stage="finetune",
         seed=config.seed,
         minutes=round(result.minutes, 1),
@@ -252,7 +252,9 @@ def measure(source: str, data: Data) -> Record:
     task = data.resolve()
     loaded = checkpoint.load(source, task)
     validation = data.validation(task)
-    record = loaded.record or Record(task.name, Path(source).name, "finetune", seed=0, minutes=0.0, versions=versions())
+    record = loaded.record or Record(
+        task.name, model_name(source), "finetune", seed=0, minutes=0.0, versions=versions()
+    )
     record.metrics = evaluate_model(loaded.model.to(_device()), loaded.tokenizer, task, validation)
     record.extra = {"train_rows": None, "steps": None, **record.extra, "validation_rows": len(validation)}
     return record
@@ -485,6 +487,11 @@ def _short_name(spec: StackSpec) -> str:
     """``4.attention_output`` for the fourth layer's; where layers are shared, the role alone."""
     number = next((part for part in spec.names[0].split(".") if part.isdigit()), "")
     return f"{number}.{spec.role}".lstrip(".")
+
+
+def model_name(source: str) -> str:
+    """A hub id as it is, and a folder without the place on this machine where it lies."""
+    return Path(source).name if Path(source).is_dir() else source
 
 
 def versions() -> dict[str, str]:

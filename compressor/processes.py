@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ def broadcast(tensors: Sequence[Tensor], source: int = 0) -> None:
     if count() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), source)
+            increment_version(tensor)  # it has changed, which is not counted by itself
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:

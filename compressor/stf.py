@@ -133,10 +133,7 @@ class FactorizedStack(nn.Module):
     def take_codes_of(self, owner: int, afresh: bool) -> None:
         """D and the codes as one of several processes has them, in place of coding."""
         self._collected.clear()
-        processes.broadcast([self.dictionary, self.values], owner)
-        if afresh:
-            processes.broadcast([self.indices], owner)
-            self._users_of = None  # a broadcast changes a tensor without counting it as a change
+        processes.broadcast([self.dictionary, self.values, *([self.indices] if afresh else [])], owner)
 
     @torch.no_grad()
     def solve_dictionary(self, weight: Tensor, share: float) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import kernels
 from compressor import checkpoint, pipeline, processes
 from compressor.config import OMP_INTERVAL, CompressionConfig, ConfigError, KSVDConfig, MethodOptions, TrainConfig
-from compressor.export import ExportError
+from compressor.export import ExportError, Storage
 from compressor.files import replace_file
 from compressor.layers import find_stacks, stacked_weight
 from compressor.methods import find_method
@@ -113,8 +113,6 @@ class Queue:
         return run.variant is not None or not self._is_needed(run) or _has_checkpoint(self._study, run)
 
     def _is_needed(self, dense: Run) -> bool:
-        if self._study.finetuned:
-            return False
         left = [run for run in self._planned if run.variant and (run.task, run.seed) == (dense.task, dense.seed)]
         return dense == dense_run(self._study, dense.task, dense.seed) and any(
             row_of(self._study, run) is None and run.name not in self.failed for run in left
@@ -291,7 +289,7 @@ def _do(study: Study, base: _Base, run: Run) -> None:
         "metrics": record.metrics,
         "minutes": record.minutes,
         "stage": record.stage,
-        "base_model": _base_name(study),
+        "base_model": pipeline.model_name(study.model),
         "compression": record.compression,
         **record.extra,
         "settings": _settings(study, base, run),
@@ -301,18 +299,17 @@ def _do(study: Study, base: _Base, run: Run) -> None:
     }
     if processes.is_first():
         if run.variant and study.storage:
-            row["stored"] = {study.storage: _stored(study, base, run)}
+            row["stored"] = {study.storage: _stored(study, base, run, study.storage)}
         replace_file(study.output / "rows" / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
         if run.variant is not None:
             shutil.rmtree(folder)
 
 
-def _stored(study: Study, base: _Base, run: Run) -> dict[str, Any]:
+def _stored(study: Study, base: _Base, run: Run, storage: Storage) -> dict[str, Any]:
     """The run's model as a model folder: its score through ONNX Runtime, and its bytes beside the dense one's."""
     with tempfile.TemporaryDirectory(dir=study.work) as folder:
-        card = pipeline.export_checkpoint(
-            study.work / run.name, study.source(run.task), Path(folder) / "model", storage=study.storage or "float32"
-        )
+        source, output = study.source(run.task), Path(folder) / "model"
+        card = pipeline.export_checkpoint(study.work / run.name, source, output, storage=storage)
     return {
         "score": card["metrics"][find_task(run.task).metric_names[0]],
         "file_bytes": card["sizes"]["file_bytes"],
@@ -320,15 +317,10 @@ def _stored(study: Study, base: _Base, run: Run) -> dict[str, Any]:
     }
 
 
-def _base_name(study: Study) -> str:
-    """The model without the folder of this machine that it lies in."""
-    return Path(study.model).name if Path(study.model).is_dir() else study.model
-
-
 def _command(study: Study) -> str:
     """The command of the study without the folders of this machine."""
     words = {
-        "model": _base_name(study),
+        "model": pipeline.model_name(study.model),
         "tasks": ",".join(study.tasks),
         "methods": ",".join(variant.label for variant in study.variants),
         "presets": ",".join(study.presets),

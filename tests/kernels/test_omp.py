@@ -171,7 +171,7 @@ def test_weight_scale_does_not_matter():
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 90, 130])  # around what is refitted together, and a task
-@pytest.mark.parametrize(("n_atoms", "width", "n_nonzero"), [(48, 32, 7), (2, 1, 1), (17, 5, 3), (40, 33, 13)])
+@pytest.mark.parametrize(("n_atoms", "width", "n_nonzero"), [(48, 32, 7), (2, 1, 1), (17, 5, 1), (40, 33, 13)])
 def test_refit_is_least_squares_on_the_support(rows, n_atoms, width, n_nonzero):
     weight, dictionary = problem(rows, 2, n_atoms, width)
     rng = np.random.default_rng(1)
@@ -182,7 +182,7 @@ def test_refit_is_least_squares_on_the_support(rows, n_atoms, width, n_nonzero):
         atoms = dictionary[i, indices[i, r]].astype(np.float64)
         row = weight[r, i * width : (i + 1) * width].astype(np.float64)
         expected = np.linalg.lstsq(atoms.T, row, rcond=None)[0]
-        np.testing.assert_allclose(values[i, r], expected, atol=1e-4 * max(1, np.abs(expected).max()))
+        np.testing.assert_allclose(values[i, r], expected, atol=1e-4)
 
 
 def test_refit_gives_dependent_atoms_nothing():
