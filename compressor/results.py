@@ -46,7 +46,7 @@ def write_report(study: Path, report: Path) -> None:
         _untrained(rows),
         _stored(chosen),
         _pieces(rows),
-        _schedules(rows, plots),
+        _schedules(chosen, plots),
         *(_steps(rows, timed) for timed in steps),
         *(_other_base(_best_recipes(found)) for found in others),
         _weight_errors(weights, plots),
@@ -103,9 +103,9 @@ def _other_base(rows: Sequence[Row]) -> str:
 
 def _base(row: Row) -> str:
     """The base of a study in words."""
-    return str(row["base_model"]) + (
-        ", fine-tuned on an 8-bit grid" if row["settings"]["reference"]["fake_quantize"] else ""
-    )
+    reference = row["settings"]["reference"]
+    how = {", fine-tuned on an 8-bit grid": reference["fake_quantize"], ", fine-tuned before": reference["finetuned"]}
+    return str(row["base_model"]) + "".join(words for words, so in how.items() if so)
 
 
 def _frontier(rows: Sequence[Row], plots: Path) -> str:
