@@ -204,8 +204,9 @@ def _settings(study: Study, base: _Base, run: Run) -> dict[str, Any]:
     }
     if run.variant and not study.finetuned and (dense := dense_run(study, run.task, run.seed)):
         reference["learning_rate"] = dense.learning_rate
-    budget, train = asdict(study.budget(run.task)), asdict(_train_config(study, run))
-    return {"budget": budget, "train": train, "reference": reference}
+    # A model that was fine-tuned before is only measured.
+    train = {} if study.finetuned and run.variant is None else asdict(_train_config(study, run))
+    return {"budget": asdict(study.budget(run.task)), "train": train, "reference": reference}
 
 
 def _require_same(study: Study, base: _Base, runs: Sequence[Run]) -> None:

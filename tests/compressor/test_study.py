@@ -175,6 +175,8 @@ def test_a_finetuned_model_is_its_own_reference(base: Path, study: Study, data: 
         assert row["drop"] == pytest.approx(made.metrics["matthews"] - row["score"], abs=1e-3)
         assert (row["base_model"], row["settings"]["reference"]["finetuned"]) == ("mine", True)
     assert "--finetuned" in rows["cola-0-dense"]["command"]
+    assert rows["cola-0-dense"]["settings"]["train"] == {}, "the study has not trained it"
+    assert work_off(own) == [], "nor is it of another configuration for that"
     with pytest.raises(ConfigError, match=r"finetuned True there, False here"):
         work_off(replace(own, finetuned=False))
 
