@@ -87,7 +87,7 @@ def _introduction(rows: Sequence[Row]) -> str:
 
 
 def _accuracy(rows: Sequence[Row], tried: Collection[Place]) -> str:
-    """Tables 1 and 2, by size; a cell is empty where a method was not run on the task."""
+    """The paper's tables 1 and 3, by size; a cell is empty where a method was not run on the task."""
     trained = [row for row in rows if row["method"] != "dense" and row["stage"] != _UNTRAINED]
     if not trained:
         return ""
@@ -95,7 +95,7 @@ def _accuracy(rows: Sequence[Row], tried: Collection[Place]) -> str:
 
 
 def _other_base(rows: Sequence[Row]) -> str:
-    """Table 3, what compresses what another method made: the scores of one base, trained and not, and as stored."""
+    """Its table 2, what compresses what another method made: the scores of one base, trained and not, and as stored."""
     compressed = [row for row in rows if row["method"] != "dense"]
     scores = _score_tables([*_reference(rows), *compressed])
     return "\n\n".join(filter(None, [f"## On {_base(rows[0])}", scores, _storage_table(compressed)]))
@@ -104,8 +104,11 @@ def _other_base(rows: Sequence[Row]) -> str:
 def _base(row: Row) -> str:
     """The base of a study in words."""
     reference = row["settings"]["reference"]
-    how = {", fine-tuned on an 8-bit grid": reference["fake_quantize"], ", fine-tuned before": reference["finetuned"]}
-    return str(row["base_model"]) + "".join(words for words, so in how.items() if so)
+    if reference["fake_quantize"]:
+        return f"{row['base_model']}, fine-tuned on an 8-bit grid"
+    if reference["finetuned"]:
+        return f"{row['base_model']}, fine-tuned before"
+    return str(row["base_model"])
 
 
 def _frontier(rows: Sequence[Row], plots: Path) -> str:

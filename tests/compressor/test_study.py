@@ -177,6 +177,8 @@ def test_a_finetuned_model_is_its_own_reference(base: Path, study: Study, data: 
     assert "--finetuned" in rows["cola-0-dense"]["command"]
     assert rows["cola-0-dense"]["settings"]["train"] == {}, "the study has not trained it"
     assert work_off(own) == [], "nor is it of another configuration for that"
+    listed = [line.split(" | ") for line in page_of(tmp_path / "page", *rows.values())]
+    assert sorted(line[3] for line in listed if line[0] == "| mine, fine-tuned before") == ["dense", "svd", "svd"]
     with pytest.raises(ConfigError, match=r"finetuned True there, False here"):
         work_off(replace(own, finetuned=False))
 
