@@ -27,6 +27,10 @@ def join() -> None:
     """Meet the others that the launcher has started, by what it left in the environment; alone, do nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
+    # Its functions hold the group that there is when they are first imported, as a default of theirs. Held, a group
+    # keeps its threads after leave(), and one that still runs when the interpreter ends aborts the process.
+    import torch.distributed.nn.functional
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)

@@ -57,6 +57,15 @@ def test_only_the_first_shows_progress_and_all_hear_of_its_failure(two: tuple[Pa
     assert "missing" in errors[0]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux")
+def test_no_thread_of_the_group_is_left_after_parting() -> None:
+    """One that runs when the interpreter ends may abort the process, after all of its work is done."""
+    done = launch(str(HERE / "part_in_processes.py"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("python") >= 2
+    assert "gloo" not in done.stdout
+
+
 def test_compress_in_two_processes(tiny_bert: Path, sentiment_tsv: Path, tmp_path: Path) -> None:
     """The command itself: factorized and measured once, one folder, one answer on standard output."""
     sizes = ["--gamma", "0.4", "--delta", "0.375", "--block-size", "8", "--iterations", "2"]
