@@ -94,6 +94,13 @@ DataAware = Annotated[
     bool | None,
     typer.Option(help="Factorize for the layers' outputs on training data, in place of their weights; default of ds."),
 ]
+Sequential = Annotated[
+    bool | None,
+    typer.Option(
+        help="Factorize layer after layer, each for the inputs that it gets from those before it as they are by then; "
+        "default of a data-aware ds."
+    ),
+]
 OrderNeurons = Annotated[
     bool,
     typer.Option(
@@ -174,6 +181,8 @@ def _method(values: Mapping[str, Any]) -> Any:
     given = {option.name: values[option.name] for option in fields(MethodOptions)}
     if given["data_aware"] is None:
         given["data_aware"] = values["method"] == "ds"
+    if given["sequential"] is None:
+        given["sequential"] = given["data_aware"]
     return find_method(values["method"]).from_options(MethodOptions(**given))
 
 
@@ -259,6 +268,7 @@ def compress(
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
     data_aware: DataAware = None,
+    sequential: Sequential = None,
     order_neurons: OrderNeurons = False,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,
@@ -446,6 +456,7 @@ def run(
     iterations: Iterations = 50,
     dictionary_update: Update = "mod",
     data_aware: DataAware = None,
+    sequential: Sequential = None,
     order_neurons: OrderNeurons = False,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,

@@ -64,14 +64,14 @@ def input_grams(model: Any, specs: Sequence[StackSpec], calibration: Calibration
 
     batches = calibration.batches(n_rows)
     handles = [model.get_submodule(spec.names[0]).register_forward_pre_hook(add(spec.names[0])) for spec in specs]
-    with _measuring(model, handles), progress("inputs of the layers", total=len(batches)) as advance:
+    with measuring(model, handles), progress("inputs of the layers", total=len(batches)) as advance:
         for batch in batches:
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in LABELS}
             mask = inputs["attention_mask"].bool()
             model(**inputs)
             advance()
     for name, gram in grams.items():
-        _require_finite(gram, f"the inputs of {name}")
+        require_finite(gram, f"the inputs of {name}")
     return {name: grams[spec.names[0]] for spec in specs for name in spec.names}
 
 
@@ -93,7 +93,7 @@ def fisher_rows(model: Any, names: Sequence[str], calibration: Calibration, n_ro
 
     batches = calibration.batches(n_rows)
     handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    with _measuring(model, handles), progress("Fisher information", total=len(batches)) as advance:
+    with measuring(model, handles), progress("Fisher information", total=len(batches)) as advance:
         for batch in batches:
             rows = {name: tensor.to(model.device) for name, tensor in batch.items()}
             inputs = {name: tensor for name, tensor in rows.items() if name not in LABELS}
@@ -109,7 +109,7 @@ def fisher_rows(model: Any, names: Sequence[str], calibration: Calibration, n_ro
                 pairs.clear()
             advance()
     for name, total in totals.items():
-        _require_finite(total, f"the gradients of {name}")
+        require_finite(total, f"the gradients of {name}")
     n_seen = sum(len(batch["input_ids"]) for batch in batches)
     return {name: total.clamp_min(0) / n_seen for name, total in totals.items()}  # rounding may go below zero
 
@@ -128,7 +128,7 @@ def displacement(
     others = torch.split(stacked, [layer.out_features for layer in layers])
     hidden = answers = n_seen = 0.0
     try:
-        with _measuring(model, []):
+        with measuring(model, []):
             for batch in calibration.batches(n_rows):
                 inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in LABELS}
                 outputs = []
@@ -148,7 +148,7 @@ def displacement(
 
 
 @contextmanager
-def _measuring(model: Any, handles: Sequence[Any]) -> Iterator[None]:
+def measuring(model: Any, handles: Sequence[Any]) -> Iterator[None]:
     """The model without dropout; afterwards as it was, and without the hooks."""
     was_training = model.training
     model.eval()
@@ -160,6 +160,8 @@ def _measuring(model: Any, handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _require_finite(statistic: Tensor, what: str) -> None:
+def require_finite(statistic: Tensor, what: str) -> Tensor:
+    """The ``statistic``; raises :class:`ConfigError` where it is not finite."""
     if not torch.isfinite(statistic).all():
         raise ConfigError(f"{what} are not finite on the calibration data; check the checkpoint and the data")
+    return statistic

@@ -198,7 +198,7 @@ class MethodOptions:
 
     ``preset`` or ``ratio`` (the target by eq. 11) set the size. ``gamma`` to ``order_neurons`` are of ``ds``;
     ``pattern`` ("2:4") and ``sparse_decay`` of ``nm``; ``calibration_rows`` of ``fwsvd``, ``drone`` and a ``ds`` that
-    is data-aware or has a ``ratio``.
+    is data-aware or has a ``ratio``; ``sequential`` of ``drone`` and a data-aware ``ds``.
     """
 
     preset: str | None = None
@@ -210,6 +210,7 @@ class MethodOptions:
     iterations: int = 50
     dictionary_update: Literal["auto", "mod", "ksvd"] = "mod"
     data_aware: bool = False
+    sequential: bool = False
     order_neurons: bool = False
     pattern: str = "2:4"
     sparse_decay: float = 2e-4
@@ -311,19 +312,23 @@ class KSVDConfig:
     """The single-shot factorization: ``iterations`` sweeps of coding and dictionary update.
 
     ``calibration_rows``: of the training data, that are looked at to make the layers' outputs right (data_aware.py);
-    with none it is their weights, as in the paper.
+    with none it is their weights, as in the paper. ``sequential``: the outputs on what a layer gets once the layers
+    before it are factorized (sequential.py).
     """
 
     iterations: int = 50
     update: Literal["auto", "mod", "ksvd"] = "mod"
     seed: int = 0
     calibration_rows: int = 0
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ConfigError(f"iterations must be at least 1, got {self.iterations}")
         if self.calibration_rows < 0:
             raise ConfigError(f"calibration rows must be 0 or more, got {self.calibration_rows}")
+        if self.sequential and not self.calibration_rows:
+            raise ConfigError("--sequential follows training rows through the layers, so it wants --data-aware too")
 
     @property
     def sweeps(self) -> int:

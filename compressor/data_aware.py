@@ -14,6 +14,15 @@ Within a block that is the whitening of SVD-LLM and CoSpaDi; from block to block
 et al., "GPTQ: Accurate post-training quantization for generative pre-trained transformers", 2023), with dictionaries
 in the place of rounding.
 
+The inputs may also be those that the layer gets once the layers before it are compressed (sequential.py): X' in the
+place of X. Its outputs are still to be WX, and the best weights for that are
+
+    W' = W·XX'ᵀ·(X'X'ᵀ)⁻¹
+
+which are factorized in place of W, for X'. That makes good from layer to layer what the correction above makes good
+from block to block; in quantization it is the asymmetric calibration of GPTAQ (Li et al., "GPTAQ: Efficient
+finetuning-free quantization for asymmetric calibration", 2025).
+
 STF goes on from there: W' are the weights that it moves, and it codes them in the same metric. The gradient of the
 dictionary, Sᵀ(SD − W'), needs no metric, for the least squares that it seeks are the same in all of them.
 """
@@ -54,6 +63,19 @@ def metric_root(gram: Tensor) -> Tensor:
         raise ConfigError("the inputs of a layer have no positive Gram matrix; check the checkpoint and the data")
     root: Tensor = lower.flip(0, 1)
     return root
+
+
+@torch.no_grad()
+def best_weight(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """W' (M, N) whose outputs on X' come nearest to those of ``weight`` (M, N) on X.
+
+    ``gram`` X'X'ᵀ and ``cross`` XX'ᵀ are (N, N) float64. What they leave undecided stays as it is in ``weight``.
+    """
+    root = metric_root(gram)
+    scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)  # metric_root has divided by it
+    missing = weight.double() @ (cross - gram) / scale
+    halfway = torch.linalg.solve_triangular(root.T, missing, upper=False, left=False)
+    return (weight.double() + _times_inverse(halfway, root)).to(weight.dtype)
 
 
 def relative_output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:

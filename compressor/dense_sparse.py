@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.allocation import allocate, candidates_of
-from compressor.calibration import Calibration, input_grams
+from compressor.calibration import Calibration
 from compressor.config import (
     Budget,
     CompressionConfig,
@@ -26,13 +26,14 @@ from compressor.config import (
     Size,
     compression_ratio,
 )
-from compressor.data_aware import factorize_outputs, relative_output_error
+from compressor.data_aware import best_weight, factorize_outputs, relative_output_error
 from compressor.factors import WeightFactors, ratio
 from compressor.graph import Factors
 from compressor.ksvd import Factorization
-from compressor.layers import StackSpec, linear_layer, stacked_weight
+from compressor.layers import StackSpec, linear_layer, set_weights, stacked_weight
 from compressor.neurons import order_neurons
 from compressor.progress import progress
+from compressor.sequential import layer_inputs
 from compressor.stf import Planned, attach, factorize_stacks, plan_model, stacks_of
 from kernels.banks import bank_atoms, bank_limit
 
@@ -58,7 +59,8 @@ class DenseSparse:
     def from_options(cls, options: MethodOptions) -> DenseSparse:
         own = ("preset", "ratio", "gamma", "delta", "block_size", "limit_banks", "iterations", "dictionary_update")
         looks = options.data_aware or options.ratio is not None
-        options.require_only(cls.name, *own, "data_aware", "order_neurons", *(["calibration_rows"] if looks else []))
+        start = ("data_aware", "sequential", "order_neurons", *(["calibration_rows"] if looks else []))
+        options.require_only(cls.name, *own, *start)
         options.require_one_size()
         return cls(
             CompressionConfig(
@@ -74,6 +76,7 @@ class DenseSparse:
                 options.dictionary_update,
                 options.seed,
                 options.calibration_rows if options.data_aware else 0,
+                options.sequential,
             ),
             options.order_neurons,
         )
@@ -146,17 +149,21 @@ class DenseSparse:
                 Factors(spec.names, *_arrays(start.dictionary, start.indices, start.values))
                 for (spec, _), start in zip(plan, factorize_stacks(model, plan, self.ksvd), strict=True)
             ]
-        grams = input_grams(model, [spec for spec, _ in plan], calibration, self.ksvd.calibration_rows)
+        specs, rows = [spec for spec, _ in plan], self.ksvd.calibration_rows
+        inputs = layer_inputs(model, specs, calibration, rows, sequential=self.ksvd.sequential)
+        steps = sum(inputs.n_batches + sizes.n_blocks * self.ksvd.sweeps for _, sizes in plan)
         factors: list[Factors] = []
-        with progress("K-SVD", total=sum(sizes.n_blocks for _, sizes in plan) * self.ksvd.sweeps) as advance:
+        with progress("K-SVD", total=steps) as advance:
             for spec, sizes in plan:
                 weight = stacked_weight(model, spec.names).detach()
-                gram = grams[spec.names[0]].to(weight.device)
-                start = factorize_outputs(weight, sizes, self.ksvd, gram, advance)
+                seen = inputs.of(spec.names[0], advance)
+                target = best_weight(weight, seen.gram, seen.cross)
+                start = factorize_outputs(target, sizes, self.ksvd, seen.gram, advance)
                 found = start.factorization
+                inputs.exchange(spec.names, found.dense())
                 arrays = _arrays(found.dictionary, found.indices, found.values, start.metric, start.target)
                 factors.append(Factors(spec.names, *arrays))
-                error = relative_output_error(weight, found.dense(), gram)
+                error = relative_output_error(target, found.dense(), seen.gram)
                 log.info("%s: outputs are off by %.4f of their norm", factors[-1].name, error)
         return factors
 
@@ -182,7 +189,7 @@ class DenseSparse:
             )
             metrics.append(None if factor.metric is None else torch.from_numpy(factor.metric).to(device))
             if factor.target is not None:
-                _set_weights(model, spec.names, torch.from_numpy(factor.target))
+                set_weights(model, spec.names, torch.from_numpy(factor.target))
         for stack in attach(model, plan, starts, metrics):
             if schedule == "ft-f-ft":
                 stack.freeze_supports()
@@ -212,10 +219,3 @@ def _sizes(factor: Factors) -> LayerPlan:
 
 def _arrays(*parts: Tensor | None) -> list[Any]:
     return [None if part is None else part.detach().contiguous().cpu().numpy() for part in parts]
-
-
-def _set_weights(model: nn.Module, names: Sequence[str], stacked: Tensor) -> None:
-    """``stacked`` (M, N) into the layers that it is the weights of, in order."""
-    layers = [linear_layer(model, name) for name in names]
-    for layer, rows in zip(layers, torch.split(stacked, [layer.out_features for layer in layers]), strict=True):
-        layer.weight = nn.Parameter(rows.to(layer.weight.device).clone())  # whoever holds the old one keeps it

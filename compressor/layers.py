@@ -78,6 +78,13 @@ def stacked_weight(model: nn.Module, names: Sequence[str]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(weights)  # type: ignore[arg-type, return-value]
 
 
+def set_weights(model: nn.Module, names: Sequence[str], stacked: Tensor) -> None:
+    """``stacked`` (M, N) into the layers that it is the weights of, in order."""
+    layers = [linear_layer(model, name) for name in names]
+    for layer, rows in zip(layers, torch.split(stacked, [layer.out_features for layer in layers]), strict=True):
+        layer.weight = nn.Parameter(rows.to(layer.weight).clone())  # whoever holds the old one keeps it
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Module names of all those matrices, one by one."""
     return [name for spec in find_stacks(model) for name in spec.names]

@@ -19,7 +19,7 @@ out on purpose: ranks by each layer's own loss, as DRONE chooses them; every lay
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,8 +27,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import Calibration, fisher_rows, input_grams
+from compressor.calibration import Calibration, fisher_rows
 from compressor.config import ConfigError, MethodOptions, Schedule
+from compressor.data_aware import best_weight
 from compressor.factors import LowRankFactors, WeightFactors, ratio
 from compressor.layers import (
     CompressedLinear,
@@ -40,6 +41,7 @@ from compressor.layers import (
     replace_layer,
 )
 from compressor.progress import progress
+from compressor.sequential import layer_inputs
 
 # Of the mean weight; see above. In float64 it moves a well-conditioned optimum by no more than this share.
 _RIDGE = 1e-6
@@ -181,11 +183,10 @@ class _LowRank(ABC):
 
     def factorize(self, model: nn.Module, plan: Sequence[RankPlan], calibration: Calibration) -> list[LowRankFactors]:
         weights = {each.name: finite_weight(model, each.name) for each in plan}
-        statistics = self._statistics(model, calibration)
+        ranks = {each.name: each.rank for each in plan}
         factors = []
         with progress(self.name, total=len(plan)) as advance:
-            for each in plan:
-                second, first = self._factors(weights[each.name], each.rank, statistics.get(each.name))
+            for each, (second, first) in zip(plan, self._pairs(model, weights, ranks, calibration), strict=True):
                 factors.append(LowRankFactors(each.name, first.float().cpu().numpy(), second.float().cpu().numpy()))
                 advance()
         return factors
@@ -219,26 +220,29 @@ class _LowRank(ABC):
         sizes = [(factor.member, len(factor.second), factor.first.shape[1], len(factor.first)) for factor in factors]
         return cls(ratio(factors)), [RankPlan(*each) for each in sizes]
 
-    def _statistics(self, model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
-        return {}
-
     @abstractmethod
-    def _factors(self, weight: Tensor, rank: int, statistic: Tensor | None) -> Pair: ...
+    def _pairs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], ranks: Mapping[str, int], calibration: Calibration
+    ) -> Iterator[Pair]:
+        """Factors of the ``weights``, which are named in the order in which their layers compute."""
 
 
 @dataclass(frozen=True)
 class SVD(_LowRank):
     name = "svd"
 
-    def _factors(self, weight: Tensor, rank: int, statistic: Tensor | None) -> Pair:
-        return truncated_svd(weight, rank)
+    def _pairs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], ranks: Mapping[str, int], calibration: Calibration
+    ) -> Iterator[Pair]:
+        for name, weight in weights.items():
+            yield truncated_svd(weight, ranks[name])
 
 
 @dataclass(frozen=True)
 class _Calibrated(_LowRank):
     """``calibration_rows`` of the training data are looked at."""
 
-    options = ("preset", "ratio", "calibration_rows")
+    options: ClassVar[tuple[str, ...]] = ("preset", "ratio", "calibration_rows")
 
     calibration_rows: int = MethodOptions.calibration_rows
 
@@ -259,21 +263,39 @@ class _Calibrated(_LowRank):
 class FWSVD(_Calibrated):
     name = "fwsvd"
 
-    def _statistics(self, model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
-        return fisher_rows(model, linear_names(model), calibration, self.calibration_rows)
-
-    def _factors(self, weight: Tensor, rank: int, statistic: Tensor | None) -> Pair:
-        assert statistic is not None
-        return fisher_weighted_svd(weight, rank, statistic)
+    def _pairs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], ranks: Mapping[str, int], calibration: Calibration
+    ) -> Iterator[Pair]:
+        fisher = fisher_rows(model, list(weights), calibration, self.calibration_rows)
+        for name, weight in weights.items():
+            yield fisher_weighted_svd(weight, ranks[name], fisher[name])
 
 
 @dataclass(frozen=True)
 class DRONE(_Calibrated):
+    """``sequential``: X is what a layer gets once those before it are factorized (sequential.py)."""
+
     name = "drone"
+    options = (*_Calibrated.options, "sequential")
 
-    def _statistics(self, model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
-        return input_grams(model, find_stacks(model), calibration, self.calibration_rows)
+    sequential: bool = False
 
-    def _factors(self, weight: Tensor, rank: int, statistic: Tensor | None) -> Pair:
-        assert statistic is not None
-        return data_aware_svd(weight, rank, statistic)
+    @classmethod
+    def from_options(cls, options: MethodOptions) -> DRONE:
+        options.require_only(cls.name, *cls.options)
+        return cls(options.target_ratio(), options.calibration_rows, options.sequential)
+
+    def describe(self, plan: Sequence[RankPlan], errors: Mapping[str, float] | None) -> dict[str, Any]:
+        return {**super().describe(plan, errors), "sequential": self.sequential}
+
+    def _pairs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], ranks: Mapping[str, int], calibration: Calibration
+    ) -> Iterator[Pair]:
+        stacks = find_stacks(model)
+        inputs = layer_inputs(model, stacks, calibration, self.calibration_rows, sequential=self.sequential)
+        for stack in stacks:
+            seen = inputs.of(stack.names[0], lambda: None)
+            targets = {name: best_weight(weights[name], seen.gram, seen.cross) for name in stack.names}
+            pairs = [data_aware_svd(target, ranks[name], seen.gram) for name, target in targets.items()]
+            inputs.exchange(stack.names, torch.cat([second @ first for second, first in pairs]))
+            yield from pairs

@@ -35,7 +35,7 @@ OPTIONS = {
     "ds": {"gamma": 0.4, "delta": 0.375, "iterations": 2, "data_aware": True, "calibration_rows": 20},
     "svd": {"preset": "2x"},
     "fwsvd": {"ratio": 2.5, "calibration_rows": 20},
-    "drone": {"preset": "2x", "calibration_rows": 20},
+    "drone": {"preset": "2x", "calibration_rows": 20, "sequential": True},
     "nm": {},
 }
 # (method, schedule): every way to train each of them.
