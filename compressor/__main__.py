@@ -98,7 +98,7 @@ Sequential = Annotated[
     bool | None,
     typer.Option(
         help="Factorize layer after layer, each for the inputs that it gets from those before it as they are by then; "
-        "default of a data-aware ds."
+        "default of a data-aware ds that is not trained (--schedule ft-f), and of use there above all."
     ),
 ]
 OrderNeurons = Annotated[
@@ -182,7 +182,7 @@ def _method(values: Mapping[str, Any]) -> Any:
     if given["data_aware"] is None:
         given["data_aware"] = values["method"] == "ds"
     if given["sequential"] is None:
-        given["sequential"] = given["data_aware"]
+        given["sequential"] = given["data_aware"] and values["schedule"] == "ft-f"
     return find_method(values["method"]).from_options(MethodOptions(**given))
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_calibration import make_calibration, make_model
+from typer.testing import CliRunner
 
+from compressor.__main__ import app
 from compressor.calibration import Calibration, input_grams
 from compressor.config import CompressionConfig, ConfigError, KSVDConfig, MethodOptions
 from compressor.data import collate
@@ -150,6 +154,27 @@ def test_targets_are_what_stf_trains() -> None:
     target = torch.from_numpy(factors[-1].target)
     assert torch.equal(stacked_weight(model, plan[-1][0].names), target)
     assert not torch.equal(before, target)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--schedule", "ft-f"], True),
+        (["--schedule", "ft-f", "--no-sequential"], False),
+        (["--schedule", "ft-f", "--no-data-aware"], False),
+        (["--steps", "1"], False),
+        (["--steps", "1", "--sequential"], True),
+    ],
+)
+def test_compress_is_sequential_where_nothing_is_trained(
+    flags: list[str], expected: bool, tiny_bert: Path, sentiment_tsv: Path, tmp_path: Path
+) -> None:
+    sizes = ["--gamma", "0.4", "--delta", "0.375", "--block-size", "8", "--iterations", "1"]
+    data = ["--model", str(tiny_bert), "--task", "classify", "--train-file", str(sentiment_tsv)]
+    done = CliRunner().invoke(app, ["compress", *data, "--output", str(tmp_path / "small"), *sizes, *flags])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "small" / "training.json").read_text())
+    assert record["compression"]["ksvd"]["sequential"] is expected
 
 
 def test_what_cannot_be_followed_is_refused() -> None:
