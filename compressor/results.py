@@ -121,7 +121,10 @@ def _untrained(rows: Sequence[Row]) -> str:
     untrained = [row for row in rows if row["stage"] == _UNTRAINED]
     if not untrained:
         return ""
-    text = "Factorized, and measured as it is: data-aware methods have read 256 rows of the training data, no more."
+    text = (
+        "Factorized, and measured as it is: methods that look at data have read 256 rows of the training data, or as "
+        "many as their name says; sequential ones have read them behind the layers that were factorized before."
+    )
     return f"## Without any training\n\n{text}\n\n{_score_tables(untrained)}"
 
 
