@@ -11,7 +11,7 @@ and one that is measured layer by layer: how far the model moves when other weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,11 @@ class Calibration:
         return [collate(rows[start : start + self.batch_size], self.pad_id) for start in starts]
 
 
+def inputs_of(batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """What the ``model`` reads of a batch, all but the labels, on its device."""
+    return {name: tensor.to(model.device) for name, tensor in batch.items() if name not in LABELS}
+
+
 @torch.no_grad()
 def input_grams(model: Any, specs: Sequence[StackSpec], calibration: Calibration, n_rows: int) -> dict[str, Tensor]:
     """``XXᵀ`` (N, N) float64 of each layer's inputs, by module name; the layers of a stack share one tensor."""
@@ -66,7 +71,7 @@ def input_grams(model: Any, specs: Sequence[StackSpec], calibration: Calibration
     handles = [model.get_submodule(spec.names[0]).register_forward_pre_hook(add(spec.names[0])) for spec in specs]
     with measuring(model, handles), progress("inputs of the layers", total=len(batches)) as advance:
         for batch in batches:
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in LABELS}
+            inputs = inputs_of(batch, model)
             mask = inputs["attention_mask"].bool()
             model(**inputs)
             advance()
@@ -130,7 +135,7 @@ def displacement(
     try:
         with measuring(model, []):
             for batch in calibration.batches(n_rows):
-                inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in LABELS}
+                inputs = inputs_of(batch, model)
                 outputs = []
                 for weights in (own, others):
                     for layer, weight in zip(layers, weights, strict=True):

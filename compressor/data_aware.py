@@ -71,9 +71,10 @@ def best_weight(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
 
     ``gram`` X'X'ᵀ and ``cross`` XX'ᵀ are (N, N) float64. What they leave undecided stays as it is in ``weight``.
     """
+    if torch.equal(cross, gram):  # the same inputs, of all layers where they are the dense model's
+        return weight
     root = metric_root(gram)
-    scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)  # metric_root has divided by it
-    missing = weight.double() @ (cross - gram) / scale
+    missing = weight.double() @ (cross - gram) / gram.diagonal().mean()  # metric_root has divided by it
     halfway = torch.linalg.solve_triangular(root.T, missing, upper=False, left=False)
     return (weight.double() + _times_inverse(halfway, root)).to(weight.dtype)
 

@@ -34,7 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from compressor.config import Schedule
 from compressor.factors import WeightFactors
-from compressor.layers import compressed_layers, linear_layer, materialize, replace_layer
+from compressor.layers import compressed_layers, linear_layer, materialize, replace_layer, set_weights
 from compressor.methods import Method, find_method
 from compressor.quantizer import DSFormerConfig
 from compressor.stf import FactorizedLinear, code_model, stacks_of
@@ -143,10 +143,7 @@ def receive_factors(model: Any, method: str, schedule: Any) -> list[dict[str, An
 def _attach(model: nn.Module, method: str, schedule: Schedule, factors: Sequence[WeightFactors]) -> Method:
     """Put the method's layers in the place of linear ones, whose weights become those that the factors stand for."""
     for factor in factors:
-        layers = [linear_layer(model, name) for name in factor.members]
-        rows = torch.split(torch.from_numpy(factor.dense()), [layer.out_features for layer in layers])
-        for layer, weight in zip(layers, rows, strict=True):
-            layer.weight = nn.Parameter(weight.to(layer.weight.device).clone())
+        set_weights(model, factor.members, torch.from_numpy(factor.dense()))
     restored, plan = find_method(method).restore(factors)
     restored.attach(model, plan, factors, schedule)
     for module in model.modules():

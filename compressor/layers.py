@@ -82,7 +82,7 @@ def set_weights(model: nn.Module, names: Sequence[str], stacked: Tensor) -> None
     """``stacked`` (M, N) into the layers that it is the weights of, in order."""
     layers = [linear_layer(model, name) for name in names]
     for layer, rows in zip(layers, torch.split(stacked, [layer.out_features for layer in layers]), strict=True):
-        layer.weight = nn.Parameter(rows.to(layer.weight).clone())  # whoever holds the old one keeps it
+        layer.weight = nn.Parameter(rows.to(layer.weight.device).clone())  # whoever holds the old one keeps it
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -144,14 +144,14 @@ class _LowRank(ABC):
     name: ClassVar[str]
     schedules: ClassVar[tuple[Schedule, ...]] = ("ft-f-ft",)
     factors_type: ClassVar[type[WeightFactors]] = LowRankFactors
-    options: ClassVar[tuple[str, ...]] = ("preset", "ratio")
 
     ratio: float
 
     @classmethod
     def from_options(cls, options: MethodOptions) -> _LowRank:
-        options.require_only(cls.name, *cls.options)
-        return cls(options.target_ratio())
+        own = [field.name for field in fields(cls) if field.name != "ratio"]
+        options.require_only(cls.name, "preset", "ratio", *own)
+        return cls(options.target_ratio(), **{name: getattr(options, name) for name in own})
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027 - rank does not depend on an order
         pass
@@ -179,6 +179,7 @@ class _LowRank(ABC):
             "ratio_eq11": round(sum(each.out_features * each.in_features for each in plan) / stored, 4),
             "ranks": {each.shape: each.rank for each in plan},
             "relative_error": errors,
+            **{field.name: getattr(self, field.name) for field in fields(self) if field.name != "ratio"},
         }
 
     def factorize(self, model: nn.Module, plan: Sequence[RankPlan], calibration: Calibration) -> list[LowRankFactors]:
@@ -242,21 +243,11 @@ class SVD(_LowRank):
 class _Calibrated(_LowRank):
     """``calibration_rows`` of the training data are looked at."""
 
-    options: ClassVar[tuple[str, ...]] = ("preset", "ratio", "calibration_rows")
-
     calibration_rows: int = MethodOptions.calibration_rows
 
     def __post_init__(self) -> None:
         if self.calibration_rows < 1:
             raise ConfigError(f"--calibration-rows must be at least 1, got {self.calibration_rows}")
-
-    @classmethod
-    def from_options(cls, options: MethodOptions) -> _Calibrated:
-        options.require_only(cls.name, *cls.options)
-        return cls(options.target_ratio(), options.calibration_rows)
-
-    def describe(self, plan: Sequence[RankPlan], errors: Mapping[str, float] | None) -> dict[str, Any]:
-        return {**super().describe(plan, errors), "calibration_rows": self.calibration_rows}
 
 
 @dataclass(frozen=True)
@@ -276,17 +267,8 @@ class DRONE(_Calibrated):
     """``sequential``: X is what a layer gets once those before it are factorized (sequential.py)."""
 
     name = "drone"
-    options = (*_Calibrated.options, "sequential")
 
     sequential: bool = False
-
-    @classmethod
-    def from_options(cls, options: MethodOptions) -> DRONE:
-        options.require_only(cls.name, *cls.options)
-        return cls(options.target_ratio(), options.calibration_rows, options.sequential)
-
-    def describe(self, plan: Sequence[RankPlan], errors: Mapping[str, float] | None) -> dict[str, Any]:
-        return {**super().describe(plan, errors), "sequential": self.sequential}
 
     def _pairs(
         self, model: nn.Module, weights: Mapping[str, Tensor], ranks: Mapping[str, int], calibration: Calibration

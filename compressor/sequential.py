@@ -16,9 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compressor.calibration import Calibration, input_grams, measuring, require_finite
+from compressor.calibration import Calibration, input_grams, inputs_of, measuring, require_finite
 from compressor.layers import StackSpec, set_weights
-from compressor.losses import LABELS
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class _LayerByLayer:
         return Inputs(*(require_finite(each, f"the inputs of {name}") for each in (gram, cross)))
 
     def exchange(self, names: Sequence[str], stacked: Tensor) -> None:
-        set_weights(self._compressed, names, stacked)
+        set_weights(self._compressed, names, stacked.to(self._compressed.dtype))
 
 
 class _ReachedError(Exception):
@@ -103,7 +102,7 @@ class _ReachedError(Exception):
 
 def _inputs(model: Any, name: str, batch: dict[str, Tensor], n_calls: int | None) -> list[Tensor]:
     """(tokens, N) float64 at each of the first ``n_calls`` calls of a module, None: at all of them."""
-    inputs = {key: tensor.to(model.device) for key, tensor in batch.items() if key not in LABELS}
+    inputs = inputs_of(batch, model)
     mask = inputs["attention_mask"].bool()
     seen: list[Tensor] = []
 
