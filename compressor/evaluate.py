@@ -1,11 +1,13 @@
-"""A task's metrics over a whole validation set: of an exported folder through ONNX Runtime, or in PyTorch."""
+"""A model's answers and metrics over a whole validation set: of an exported folder through ONNX Runtime, or in PyTorch.
+
+Answers are what ``scoring.py`` knows as predictions: a row of logits for each text, or the text of each answer.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as PlainTokenizer
@@ -24,8 +26,9 @@ from compressor.data import (
     qa_features,
 )
 from compressor.export import usable_positions
-from compressor.metrics import classify_scores, decode_qa, squad_scores
+from compressor.metrics import decode_qa
 from compressor.progress import progress
+from compressor.scoring import score
 from compressor.session import open_session
 from compressor.tasks import Task
 
@@ -53,7 +56,8 @@ def evaluate_folder(
         return outputs
 
     limit = config["max_position_embeddings"]
-    return _evaluate(run, tokenizer, config["pad_token_id"], limit, task, examples, batch_size, folder.name)
+    answers = _answers(run, tokenizer, config["pad_token_id"], limit, task, examples, batch_size, folder.name)
+    return score(task, examples, answers)
 
 
 def evaluate_model(
@@ -63,6 +67,13 @@ def evaluate_model(
 
     ``show``: with a progress bar.
     """
+    return score(task, examples, answer(model, tokenizer, task, examples, batch_size, show))
+
+
+def answer(
+    model: Any, tokenizer: Tokenizer, task: Task, examples: Sequence[Example], batch_size: int = 32, show: bool = True
+) -> list[Any]:
+    """What :func:`evaluate_model` scores: the answer to each example, in their order."""
     outputs = ("start_logits", "end_logits") if task.kind == "qa" else ("logits",)
 
     def run(inputs: Mapping[str, torch.Tensor]) -> Sequence[NDArray[Any]]:
@@ -74,12 +85,12 @@ def evaluate_model(
     try:
         with torch.inference_mode():
             limit, pad_id = usable_positions(model), tokenizer.pad_token_id
-            return _evaluate(run, tokenizer, pad_id, limit, task, examples, batch_size, "PyTorch" if show else None)
+            return _answers(run, tokenizer, pad_id, limit, task, examples, batch_size, "PyTorch" if show else None)
     finally:
         model.train(was_training)
 
 
-def _evaluate(
+def _answers(
     run: Run,
     tokenizer: Tokenizer,
     pad_id: int,
@@ -88,7 +99,7 @@ def _evaluate(
     examples: Sequence[Example],
     batch_size: int,
     name: str | None,
-) -> dict[str, float]:
+) -> list[Any]:
     if not examples:
         raise DataError(f"There are no examples to measure {task.name} on.")
     title = name and f"measuring {name} on {task.name}"
@@ -96,12 +107,11 @@ def _evaluate(
         questions = [example for example in examples if isinstance(example, QAExample)]
         features = qa_evaluation_features(questions, tokenizer, limit)
         starts, ends = zip(*_predict(run, features, pad_id, batch_size, title), strict=True)
-        answers = decode_qa(features, starts, ends, questions, null_allowed=task.unanswerable)
-        return squad_scores(answers, questions, task.unanswerable)
+        texts = decode_qa(features, starts, ends, questions, null_allowed=task.unanswerable)
+        return [texts[question.id] for question in questions]
     rows = [example for example in examples if isinstance(example, ClassifyExample)]
     features = classify_features(rows, tokenizer, limit)
-    logits = np.stack([outputs[0] for outputs in _predict(run, features, pad_id, batch_size, title)])
-    return classify_scores(task, logits, [example.label for example in rows])
+    return [outputs[0] for outputs in _predict(run, features, pad_id, batch_size, title)]
 
 
 def qa_evaluation_features(examples: Sequence[QAExample], tokenizer: Tokenizer, limit: int) -> list[Feature]:

@@ -31,7 +31,7 @@ from compressor.calibration import Calibration
 from compressor.checkpoint import Checkpoint, Record
 from compressor.config import CompressionConfig, ConfigError, KSVDConfig, Schedule, TrainConfig
 from compressor.data import Example, Feature, classify_features, complete_task, data_files, load_examples, qa_features
-from compressor.evaluate import evaluate_folder, evaluate_model
+from compressor.evaluate import answer, evaluate_folder, evaluate_model
 from compressor.export import EmbeddingStorage, Storage, export
 from compressor.fake_quantize import on_grid
 from compressor.files import replace_file
@@ -39,6 +39,7 @@ from compressor.ksvd import factorize, relative_error, svd_error
 from compressor.layers import StackSpec, stacked_weight
 from compressor.methods import Method, dense_weights, find_schedule, relative_errors
 from compressor.progress import progress
+from compressor.scoring import agreement, score
 from compressor.starts import start_of
 from compressor.stf import plan_model
 from compressor.tasks import Task, find_task
@@ -204,6 +205,9 @@ def compress(
     factors: Sequence[Any] = loaded.factors or processes.from_first(
         lambda: start_of(kept, method, model, plan, calibration)
     )
+    dense_answers = None
+    if measure and not loaded.factors and processes.is_first():
+        dense_answers = answer(model, loaded.tokenizer, task, validation)
     weights = dense_weights(model, factors)
     method.attach(model, plan, factors, schedule)
     errors = None if loaded.factors else relative_errors(model, factors, weights)
@@ -244,7 +248,8 @@ def compress(
             "support_flips": [round(share, 5) for share in result.support_flips],
         },
     )
-    return _finish(output, model, loaded.tokenizer, task, validation if measure else [], record, method)
+    examples = validation if measure else []
+    return _finish(output, model, loaded.tokenizer, task, examples, record, method, dense_answers)
 
 
 def measure(source: str, data: Data) -> Record:
@@ -320,8 +325,12 @@ def _finish(
     validation: Sequence[Example],
     record: Record,
     method: Method | None = None,
+    dense_answers: Sequence[Any] | None = None,
 ) -> Record:
     """Save a trained model's folder, measure it (on no examples: not at all), and drop the training state.
+
+    With the ``dense_answers`` to the same examples the record also has, as ``agreement``, how far the model keeps to
+    them (scoring.py): of a small dev set that says more than the difference of two scores.
 
     Saved before it is measured, so that whoever stops the measuring has the model all the same. Of several processes
     the first does it.
@@ -330,7 +339,10 @@ def _finish(
     def finished() -> Record:
         checkpoint.save(output, model, tokenizer, record, method)
         if validation:
-            record.metrics = evaluate_model(model, tokenizer, task, validation)
+            answers = answer(model, tokenizer, task, validation)
+            record.metrics = score(task, validation, answers)
+            if dense_answers is not None:
+                record.extra["agreement"] = round(agreement(task, dense_answers, answers), 3)
             checkpoint.save_record(output, record)
         for name in ("training.pt", "sizes.json"):
             _beside(output, name).unlink(missing_ok=True)

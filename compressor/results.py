@@ -44,6 +44,7 @@ def write_report(study: Path, report: Path) -> None:
         _accuracy(chosen, _tried(rows)),
         _frontier(chosen, plots),
         _untrained(rows),
+        _agreement(chosen),
         _stored(chosen),
         _pieces(rows),
         _schedules(chosen, plots),
@@ -158,7 +159,7 @@ def _group(task: str) -> str:
 def _score_table(places: Mapping[Place, Sequence[Row]], tasks: Sequence[str]) -> str:
     """A line for each method and size: its score on each task, their mean, and the mean drop."""
     lines = []
-    for (method, _), found in sorted(places.items(), key=lambda item: (_ratio(item[1]), item[0])):
+    for (method, _), found in sorted(places.items(), key=_by_ratio):
         cells = [_cell([row["score"] for row in found if row["task"] == task]) for task in tasks]
         by_task = [[row for row in found if row["task"] == task] for task in tasks]
         drops = [statistics.fmean(row["drop"] for row in group) for group in by_task if group]
@@ -167,6 +168,24 @@ def _score_table(places: Mapping[Place, Sequence[Row]], tasks: Sequence[str]) ->
         means = [f"{statistics.fmean(scores):.2f}", f"{statistics.fmean(drops):.2f}", f"{max(drops):.2f}"]
         lines.append([method, f"{_ratio(found):.2f}", *cells, *(means if whole else ["", "", ""])])
     return _table(["method", "CR", *tasks, "mean", "mean drop", "worst drop"], lines)
+
+
+def _agreement(rows: Sequence[Row]) -> str:
+    """A line for each method and size: how far its answers are the dense model's, where that was measured."""
+    rows = [row for row in rows if "agreement" in row]
+    if not rows:
+        return ""
+    tasks = _tasks(rows)
+    lines = []
+    for (method, _), found in sorted(_by_place(rows).items(), key=_by_ratio):
+        cells = [_cell([row["agreement"] for row in found if row["task"] == task]) for task in tasks]
+        lines.append([method, f"{_ratio(found):.2f}", *cells])
+    text = (
+        "How many of its answers a compressed model has in common with its own dense one, right or wrong, in percent "
+        "of the dev set; of STS-B's numbers the correlation. A score moves with the few answers that happen to become "
+        "right or wrong, this with all that change."
+    )
+    return f"## Answers kept\n\n{text}\n\n" + _table(["method", "CR", *tasks], lines)
 
 
 def _stored(rows: Sequence[Row]) -> str:
@@ -403,6 +422,12 @@ def _mean_drops(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
 
 def _ratio(rows: Sequence[Row]) -> float:
     return float((rows[0]["compression"] or {}).get("ratio_eq11", 1.0))
+
+
+def _by_ratio(item: tuple[Place, Sequence[Row]]) -> tuple[float, Place]:
+    """Where a line stands in its table."""
+    place, rows = item
+    return _ratio(rows), place
 
 
 def _tasks(rows: Sequence[Row]) -> list[str]:

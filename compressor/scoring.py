@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from compressor.data import ClassifyExample, DataError, Example, QAExample, load_examples
-from compressor.metrics import MAX_ANSWER_LENGTH, classify_scores, normalize_answer, squad_scores
+from compressor.metrics import MAX_ANSWER_LENGTH, classify_scores, normalize_answer, pearson, squad_scores
 from compressor.tasks import Task, UnknownTaskError, find_task
 
 
@@ -87,6 +87,14 @@ def same(task: Task, one: Sequence[Any], other: Sequence[Any]) -> list[bool] | N
     if task.problem_type == "regression":
         return None
     return [bool(equal) for equal in np.argmax(one, axis=1) == np.argmax(other, axis=1)]
+
+
+def agreement(task: Task, one: Sequence[Any], other: Sequence[Any]) -> float:
+    """How far two models answer alike, in points: the share of the same answers, or the correlation of numbers."""
+    equal = same(task, one, other)
+    if equal is not None:
+        return 100 * float(np.mean(equal))
+    return pearson(*(np.asarray(numbers, dtype=np.float64).ravel() for numbers in (one, other)))
 
 
 def closing(task: Task, examples: Sequence[Example], predictions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

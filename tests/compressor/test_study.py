@@ -344,6 +344,19 @@ def page_of(folder: Path, *rows: dict[str, Any]) -> list[str]:
     return (folder / "results.md").read_text().splitlines()
 
 
+def test_answers_kept_are_a_table_of_what_was_measured(unbroken: Path, tmp_path: Path) -> None:
+    rows = rows_of(unbroken)
+    small = [row for row in rows.values() if row["method"] != "dense"]
+    assert all(0 <= row["agreement"] <= 100 for row in small)
+    by_seed = [{**small[0], "method": "svd", "seed": seed, "agreement": 90.0 + seed} for seed in (0, 2)]
+    old = {**small[0], "method": "nm"}
+    del old["agreement"]
+    lines = page_of(tmp_path, *by_seed, old)
+    start = lines.index("## Answers kept")
+    assert f"| svd | {small[0]['compression']['ratio_eq11']:.2f} | 91.00 ± 1.41 |" in lines
+    assert not any(line.startswith("| nm") for line in lines[start : start + 8]), "rows of before have none"
+
+
 def test_a_piece_is_measured_against_the_same_without_it(unbroken: Path, tmp_path: Path) -> None:
     scores = {"ds": 80.0, "ds:data-aware": 83.0, "ds:pull=1:data-aware": 82.0, "svd": 70.0, "ds:x=1:y=2": 90.0}
     _, some = min(rows_of(unbroken).items())
