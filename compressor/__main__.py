@@ -19,6 +19,7 @@ from compressor.config import (
     CLASSIFY_LENGTH,
     OMP_INTERVAL,
     QA_LENGTH,
+    SHORT_CALIBRATION_ROWS,
     CompressionConfig,
     ConfigError,
     KSVDConfig,
@@ -87,8 +88,11 @@ Ratio = Annotated[
 Pattern = Annotated[str, typer.Option(help="nm: weights that stay, of how many neighbours.")]
 SparseDecay = Annotated[float, typer.Option(help="nm with sr-ste: pull of masked weights to zero.")]
 CalibrationRows = Annotated[
-    int,
-    typer.Option(help="Training rows to look at before factorizing (data-aware ds, ds with --ratio, fwsvd, drone)."),
+    int | None,
+    typer.Option(
+        help="Training rows to look at before factorizing (data-aware ds, ds with --ratio, fwsvd, drone); "
+        f"if not given {SHORT_CALIBRATION_ROWS}, or {MethodOptions.calibration_rows} windows for question answering."
+    ),
 ]
 DataAware = Annotated[
     bool | None,
@@ -183,6 +187,10 @@ def _method(values: Mapping[str, Any]) -> Any:
         given["data_aware"] = values["method"] == "ds"
     if given["sequential"] is None:
         given["sequential"] = given["data_aware"] and values["schedule"] == "ft-f"
+    if given["calibration_rows"] is None:
+        looks = given["data_aware"] or values["method"] in ("fwsvd", "drone")
+        short = find_task(values["task"]).kind != "qa"
+        given["calibration_rows"] = SHORT_CALIBRATION_ROWS if looks and short else MethodOptions.calibration_rows
     return find_method(values["method"]).from_options(MethodOptions(**given))
 
 
@@ -272,7 +280,7 @@ def compress(
     order_neurons: OrderNeurons = False,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,
-    calibration_rows: CalibrationRows = MethodOptions.calibration_rows,
+    calibration_rows: CalibrationRows = None,
     schedule: MethodSchedule = None,
     epochs: Epochs = None,
     steps: Steps = 0,
@@ -460,7 +468,7 @@ def run(
     order_neurons: OrderNeurons = False,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,
-    calibration_rows: CalibrationRows = MethodOptions.calibration_rows,
+    calibration_rows: CalibrationRows = None,
     schedule: MethodSchedule = None,
     finetuned: Finetuned = False,
     epochs: Epochs = None,

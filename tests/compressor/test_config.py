@@ -1,8 +1,16 @@
 """Presets reproduce the paper's ratios; settings that do not fit are refused in a sentence."""
 
+from dataclasses import asdict
+from typing import Any
+
 import pytest
 
-from compressor.config import CompressionConfig, ConfigError, TrainConfig, compression_ratio
+from compressor.__main__ import _method
+from compressor.config import CompressionConfig, ConfigError, MethodOptions, TrainConfig, compression_ratio
+
+# A command's options, when none of these is given.
+NOT_SAID = {**asdict(MethodOptions(preset="2.8x")), **dict.fromkeys(("data_aware", "sequential", "calibration_rows"))}
+NOT_SAID["schedule"] = None
 
 BERT_BASE = (("qkv", 2304, 768), ("attention_output", 768, 768), ("ffn1", 3072, 768), ("ffn2", 768, 3072))
 
@@ -67,3 +75,21 @@ def test_impossible_compression(changes: dict[str, object]) -> None:
 def test_impossible_training(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         TrainConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows"),
+    [
+        ({"method": "ds", "task": "sst2"}, 1024),
+        ({"method": "drone", "task": "classify"}, 1024),
+        ({"method": "ds", "task": "squad"}, 256),
+        ({"method": "ds", "task": "sst2", "calibration_rows": 7}, 7),
+    ],
+)
+def test_more_short_texts_are_looked_at_than_windows(asked: dict[str, Any], rows: int) -> None:
+    method = _method({**NOT_SAID, **asked})
+    assert (method.ksvd if asked["method"] == "ds" else method).calibration_rows == rows
+
+
+def test_what_looks_at_no_data_is_not_told_to() -> None:
+    assert _method({**NOT_SAID, "method": "svd", "task": "sst2"}).name == "svd"

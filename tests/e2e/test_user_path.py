@@ -118,7 +118,7 @@ def test_a_compressed_checkpoint_is_trained_on(models: Path) -> None:
     assert record["minutes"] >= earlier["minutes"]
     assert record["metrics"]["accuracy"] >= 90
     assert record["compression"] == earlier["compression"]
-    assert earlier["compression"]["ksvd"]["calibration_rows"] == 256  # ds is data-aware if nothing else is said
+    assert earlier["compression"]["ksvd"]["calibration_rows"] == 1024  # ds is data-aware if nothing else is said
     assert earlier["compression"]["ksvd"]["sequential"] is False  # as it is trained
     before = next((models.parent / "work").glob("compressed-*"))
     old, new = (stored_factors(path) for path in (before, models.parent / "further"))
