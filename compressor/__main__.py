@@ -127,6 +127,9 @@ Seed = Annotated[int, typer.Option(help="Seed of heads, order and factorization.
 Distill = Annotated[
     bool, typer.Option("--distill/--no-distill", help="Learn from the dense fine-tuned teacher as well.")
 ]
+DistillWeight = Annotated[
+    float, typer.Option(help="Share of the teacher's answers in the loss, beside the labels; 1: no labels at all.")
+]
 Teacher = Annotated[
     str | None,
     typer.Option(help="Checkpoint to learn from besides the task; by default the model before its factorization."),
@@ -292,6 +295,7 @@ def compress(
     precision: Precision = "auto",
     seed: Seed = 0,
     distill: Distill = True,
+    distill_weight: DistillWeight = TrainConfig.distill_weight,
     hidden_weight: Hidden = 10.0,
     attention_weight: Attention = 0.0,
     teacher: Teacher = None,
@@ -322,7 +326,7 @@ def compress(
         precision=precision,
         seed=seed,
         evaluate_every=evaluate_every,
-        distill_weight=0.9 if distill else 0.0,
+        distill_weight=distill_weight if distill else 0.0,
         hidden_weight=hidden_weight if distill else 0.0,
         attention_weight=attention_weight if distill else 0.0,
         omp_interval=omp_interval,
@@ -342,7 +346,8 @@ def compress(
         teacher=teacher,
         resume=resume,
     )
-    _show(record.metrics, str(output))
+    kept = {name: value for name, value in record.extra.items() if name == "agreement"}
+    _show({**record.metrics, **kept}, str(output))
 
 
 @app.command()
@@ -483,6 +488,7 @@ def run(
     precision: Precision = "auto",
     seed: Seed = 0,
     distill: Distill = True,
+    distill_weight: DistillWeight = TrainConfig.distill_weight,
     hidden_weight: Hidden = 10.0,
     omp_interval: Interval = OMP_INTERVAL,
     evaluate_every: EvaluateEvery = 0,
@@ -518,7 +524,7 @@ def run(
         precision=precision,
         seed=seed,
         evaluate_every=evaluate_every,
-        distill_weight=0.9 if distill else 0.0,
+        distill_weight=distill_weight if distill else 0.0,
         hidden_weight=hidden_weight if distill else 0.0,
         omp_interval=omp_interval,
     )
