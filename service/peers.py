@@ -96,6 +96,11 @@ def make(name: str, model: OnnxModel, threads: int, calibration: Iterable[Sequen
         raise StartError(f"The peer {name} cannot run {model.artifact.path}: {error}") from error
 
 
+def _has_vnni() -> bool:
+    """Without VNNI, ONNX Runtime adds pairs of 8-bit products in 16 bits, which weights of more than 7 bits overflow."""
+    return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+
+
 def _onnxruntime_int8(name: str, model: OnnxModel, threads: int, scratch: Path) -> Peer:
     from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -110,8 +115,15 @@ def _onnxruntime_int8(name: str, model: OnnxModel, threads: int, scratch: Path) 
     try:
         # Behind ONNX Runtime's fused operators no types are inferred; they are all floats.
         extra = {"DefaultTensorType": TensorProto.FLOAT}
-        kind = QuantType.QInt8
-        quantize_dynamic(folded, quantized, ["MatMul", "Gemm"], True, weight_type=kind, extra_options=extra)
+        quantize_dynamic(
+            folded,
+            quantized,
+            ["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=not _has_vnni(),
+            weight_type=QuantType.QInt8,
+            extra_options=extra,
+        )
     finally:
         logging.disable(logging.NOTSET)
     session = ort.InferenceSession(str(quantized), session_options(threads), providers=["CPUExecutionProvider"])
