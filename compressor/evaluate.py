@@ -67,13 +67,21 @@ def evaluate_model(
 
     ``show``: with a progress bar.
     """
-    return score(task, examples, answer(model, tokenizer, task, examples, batch_size, show))
+    return score(task, examples, answer(model, tokenizer, task, examples, batch_size, "PyTorch" if show else None))
 
 
 def answer(
-    model: Any, tokenizer: Tokenizer, task: Task, examples: Sequence[Example], batch_size: int = 32, show: bool = True
+    model: Any,
+    tokenizer: Tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    batch_size: int = 32,
+    name: str | None = "PyTorch",
 ) -> list[Any]:
-    """What :func:`evaluate_model` scores: the answer to each example, in their order."""
+    """What :func:`evaluate_model` scores: the answer to each example, in their order.
+
+    ``name``: what the progress bar calls the model; None: no bar.
+    """
     outputs = ("start_logits", "end_logits") if task.kind == "qa" else ("logits",)
 
     def run(inputs: Mapping[str, torch.Tensor]) -> Sequence[NDArray[Any]]:
@@ -85,7 +93,7 @@ def answer(
     try:
         with torch.inference_mode():
             limit, pad_id = usable_positions(model), tokenizer.pad_token_id
-            return _answers(run, tokenizer, pad_id, limit, task, examples, batch_size, "PyTorch" if show else None)
+            return _answers(run, tokenizer, pad_id, limit, task, examples, batch_size, name)
     finally:
         model.train(was_training)
 

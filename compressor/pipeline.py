@@ -207,7 +207,7 @@ def compress(
     )
     dense_answers = None
     if measure and not loaded.factors and processes.is_first():
-        dense_answers = answer(model, loaded.tokenizer, task, validation)
+        dense_answers = answer(model, loaded.tokenizer, task, validation, name="the dense model")
     weights = dense_weights(model, factors)
     method.attach(model, plan, factors, schedule)
     errors = None if loaded.factors else relative_errors(model, factors, weights)

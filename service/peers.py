@@ -97,7 +97,7 @@ def make(name: str, model: OnnxModel, threads: int, calibration: Iterable[Sequen
 
 
 def _has_vnni() -> bool:
-    """Without VNNI, ONNX Runtime adds pairs of 8-bit products in 16 bits, which weights of more than 7 bits overflow."""
+    """Without it ONNX Runtime adds pairs of 8-bit products in 16 bits, which weights of more than 7 bits overflow."""
     return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
