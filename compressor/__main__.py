@@ -191,7 +191,8 @@ def _method(values: Mapping[str, Any]) -> Any:
     if given["sequential"] is None:
         given["sequential"] = given["data_aware"] and values["schedule"] == "ft-f"
     if given["calibration_rows"] is None:
-        looks = given["data_aware"] or values["method"] in ("fwsvd", "drone")
+        chooses_sizes = values["method"] == "ds" and given["ratio"] is not None
+        looks = given["data_aware"] or chooses_sizes or values["method"] in ("fwsvd", "drone")
         short = find_task(values["task"]).kind != "qa"
         given["calibration_rows"] = SHORT_CALIBRATION_ROWS if looks and short else MethodOptions.calibration_rows
     return find_method(values["method"]).from_options(MethodOptions(**given))

@@ -91,5 +91,12 @@ def test_more_short_texts_are_looked_at_than_windows(asked: dict[str, Any], rows
     assert (method.ksvd if asked["method"] == "ds" else method).calibration_rows == rows
 
 
+def test_sizes_are_chosen_on_as_many() -> None:
+    method = _method(
+        {**NOT_SAID, "method": "ds", "task": "sst2", "preset": None, "ratio": 2.8, "data_aware": False},
+    )
+    assert method.compression.budget.calibration_rows == 1024
+
+
 def test_what_looks_at_no_data_is_not_told_to() -> None:
     assert _method({**NOT_SAID, "method": "svd", "task": "sst2"}).name == "svd"
