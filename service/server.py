@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import math
 import os
 import signal
 import socket
+import struct
+import sys
 from types import FrameType
 
 import uvicorn
@@ -29,6 +32,23 @@ MARGIN_SECONDS = 6
 # A connection is kept for longer than any client is told to wait: one that is closed just when its client comes back
 # loses that request.
 KEEP_ALIVE_SECONDS = MAX_RETRY_SECONDS + 15
+
+
+# Linux, include/uapi: the option, and a program of one instruction (BPF_RET | BPF_K) that keeps no byte of any packet.
+SO_ATTACH_FILTER = 26
+KEEP_NOTHING = struct.pack("HBBI", 0x06, 0, 0, 0)
+
+
+def make_no_more(listener: socket.socket) -> None:
+    """Let the kernel make no connection any more: one that it made between the last `accept` and `close` would break.
+
+    Who comes now tries again, as TCP does, and is then told that nobody listens. Only Linux can do this.
+    """
+    if sys.platform != "linux":
+        return
+    program = ctypes.create_string_buffer(KEEP_NOTHING)
+    with contextlib.suppress(OSError):  # some sandboxes have no filters
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
 class Server(uvicorn.Server):  # type: ignore[misc]
@@ -104,17 +124,21 @@ class Server(uvicorn.Server):  # type: ignore[misc]
         return any(getattr(connection, "cycle", None) is None for connection in self.server_state.connections)
 
     async def _accept_rest(self, listener: socket.socket) -> None:
-        """Take the connections that the kernel has made already: closing the socket would break them unanswered."""
-        loop = asyncio.get_running_loop()
+        """Take the connections that the kernel has made already: closing the socket would break them unanswered.
+
+        All of them, and no later ones: whoever is answered before the socket is closed may come back at once, and
+        again, and the service would never end.
+        """
+        waiting = []
+        make_no_more(listener)
         listener.setblocking(False)
-        with listener:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:  # BlockingIOError: nobody waits
-                    return
-                connection.setblocking(False)
-                await loop.connect_accepted_socket(self._protocol, connection)
+        with listener, contextlib.suppress(OSError):  # BlockingIOError: nobody waits
+            for _ in range(self.config.backlog + 1):
+                waiting.append(listener.accept()[0])
+        loop = asyncio.get_running_loop()
+        for connection in waiting:
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> asyncio.Protocol:
         kind = self.config.http_protocol_class

@@ -50,7 +50,7 @@ def check(models: Path, times: int) -> None:
         answers, status, took = asyncio.run(end_under_load(models))
         print(f"end {i + 1}: exit status {status} after {took:.1f} s, answers by status {dict(answers)}")
         assert status == 0
-        assert took < 15
+        assert took < 10  # all are answered at once: nothing waits for the deadline of the drain
         assert set(answers) <= {200, 429, 503, 0}, answers
         assert answers[200] > CLIENTS
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.server import make_no_more
+
 ROOT = Path(__file__).parents[2]
 QA = {"question": "Where does Clara live?", "context": "Clara lives in Berkeley. " * 40}
 
@@ -278,6 +280,24 @@ def test_hugging_faces_client_works_unchanged(server: tuple[str, Path]) -> None:
             question=QA["question"], context=QA["context"], model=f"{url}/variants/{variant}/qa"
         )
         assert QA["context"][found.start : found.end] == found.answer != ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a filter of Linux")
+def test_a_socket_that_makes_no_more_connections_still_hands_over_those_it_made() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        with socket.create_connection(address) as early:
+            make_no_more(listener)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(address, timeout=0.2)
+            accepted, _ = listener.accept()
+            with accepted:
+                early.sendall(b"asked")
+                assert accepted.recv(5) == b"asked"
+                accepted.sendall(b"told")
+                assert early.recv(4) == b"told"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
 
 
 def test_help_shows_every_flag() -> None:
