@@ -105,6 +105,13 @@ Sequential = Annotated[
         "default of a data-aware ds that is not trained (--schedule ft-f), and of use there above all."
     ),
 ]
+WeighOutputs = Annotated[
+    bool | None,
+    typer.Option(
+        help="Weigh each output of a layer by how far the model's hidden states move with it (data-aware ds, drone); "
+        "default of ds."
+    ),
+]
 OrderNeurons = Annotated[
     bool,
     typer.Option(
@@ -190,6 +197,8 @@ def _method(values: Mapping[str, Any]) -> Any:
         given["data_aware"] = values["method"] == "ds"
     if given["sequential"] is None:
         given["sequential"] = given["data_aware"] and values["schedule"] == "ft-f"
+    if given["weigh_outputs"] is None:
+        given["weigh_outputs"] = given["data_aware"]
     if given["calibration_rows"] is None:
         chooses_sizes = values["method"] == "ds" and given["ratio"] is not None
         looks = given["data_aware"] or chooses_sizes or values["method"] in ("fwsvd", "drone")
@@ -281,6 +290,7 @@ def compress(
     dictionary_update: Update = "mod",
     data_aware: DataAware = None,
     sequential: Sequential = None,
+    weigh_outputs: WeighOutputs = None,
     order_neurons: OrderNeurons = False,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,
@@ -471,6 +481,7 @@ def run(
     dictionary_update: Update = "mod",
     data_aware: DataAware = None,
     sequential: Sequential = None,
+    weigh_outputs: WeighOutputs = None,
     order_neurons: OrderNeurons = False,
     pattern: Pattern = MethodOptions.pattern,
     sparse_decay: SparseDecay = MethodOptions.sparse_decay,

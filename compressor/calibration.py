@@ -5,6 +5,7 @@ Two statistics of each layer, gathered by hooks while the dense model reads some
 - the Gram matrix of its inputs, ``XXᵀ`` over all tokens that are not padding (DRONE);
 - the empirical Fisher information of its weights, the mean over rows of the squared gradient of the task's loss,
   summed over each output row of W (FWSVD);
+- the importance of its outputs: how far the hidden states of the model move with each (data_aware.py);
 
 and one that is measured layer by layer: how far the model moves when other weights take a layer's place.
 """
@@ -26,6 +27,10 @@ from compressor.layers import StackSpec, finite_weight, linear_layer
 from compressor.losses import LABELS, distillation_loss, hidden_loss, task_loss
 from compressor.progress import progress
 from compressor.tasks import Task
+
+# The importance of outputs needs fewer rows than the inputs of layers: it is one number an output, of all their tokens.
+_IMPORTANCE_ROWS = 256
+_PROBES = 2
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,45 @@ def fisher_rows(model: Any, names: Sequence[str], calibration: Calibration, n_ro
         require_finite(total, f"the gradients of {name}")
     n_seen = sum(len(batch["input_ids"]) for batch in batches)
     return {name: total.clamp_min(0) / n_seen for name, total in totals.items()}  # rounding may go below zero
+
+
+def output_importance(model: Any, names: Sequence[str], calibration: Calibration, n_rows: int) -> dict[str, Tensor]:
+    """``Σ_t ‖∂h/∂y_ti‖²`` (M,) float64 of each output y_i of each layer, by module name; t are the tokens of the data.
+
+    h are the hidden states of all layers, each relative to its size, as distillation compares them. The squares are
+    estimated by random projections: with v standard normal, ∂(v·h)/∂y has the square of ∂h/∂y for its mean.
+    """
+    totals: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(calibration.seed)
+    n_batch = 0
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(gradient: Tensor) -> None:
+            squares = n_batch * gradient.detach().double().square().flatten(0, -2).sum(0)
+            totals[name] = totals[name] + squares if name in totals else squares
+
+        def hook(_: Any, __: Any, output: Tensor) -> None:
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    batches = calibration.batches(min(n_rows, _IMPORTANCE_ROWS))
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    with measuring(model, handles), progress("importance of the outputs", total=len(batches)) as advance:
+        for batch in batches:
+            inputs = inputs_of(batch, model)
+            mask = inputs["attention_mask"].unsqueeze(2)
+            n_batch = len(mask)
+            states = [state * mask for state in model(**inputs, output_hidden_states=True).hidden_states[1:]]
+            for probe in range(_PROBES):
+                projected = [
+                    (state * torch.randn(state.shape, generator=generator).to(state)).sum() / state.detach().norm()
+                    for state in states
+                ]
+                torch.stack(projected).sum().backward(retain_graph=probe + 1 < _PROBES)  # type: ignore[no-untyped-call]
+            model.zero_grad(set_to_none=True)
+            advance()
+    return {name: require_finite(totals[name], f"the gradients of {name}") for name in names}
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ class MethodOptions:
 
     ``preset`` or ``ratio`` (the target by eq. 11) set the size. ``gamma`` to ``order_neurons`` are of ``ds``;
     ``pattern`` ("2:4") and ``sparse_decay`` of ``nm``; ``calibration_rows`` of ``fwsvd``, ``drone`` and a ``ds`` that
-    is data-aware or has a ``ratio``; ``sequential`` of ``drone`` and a data-aware ``ds``.
+    is data-aware or has a ``ratio``; ``sequential`` and ``weigh_outputs`` of ``drone`` and a data-aware ``ds``.
     """
 
     preset: str | None = None
@@ -215,6 +215,7 @@ class MethodOptions:
     dictionary_update: Literal["auto", "mod", "ksvd"] = "mod"
     data_aware: bool = False
     sequential: bool = False
+    weigh_outputs: bool = False
     order_neurons: bool = False
     pattern: str = "2:4"
     sparse_decay: float = 2e-4
@@ -317,7 +318,7 @@ class KSVDConfig:
 
     ``calibration_rows``: of the training data, that are looked at to make the layers' outputs right (data_aware.py);
     with none it is their weights, as in the paper. ``sequential``: the outputs on what a layer gets once the layers
-    before it are factorized (sequential.py).
+    before it are factorized (sequential.py). ``weigh_outputs``: each by how far the model's hidden states move with it.
     """
 
     iterations: int = 50
@@ -325,6 +326,7 @@ class KSVDConfig:
     seed: int = 0
     calibration_rows: int = 0
     sequential: bool = False
+    weigh_outputs: bool = False
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -333,6 +335,8 @@ class KSVDConfig:
             raise ConfigError(f"calibration rows must be 0 or more, got {self.calibration_rows}")
         if self.sequential and not self.calibration_rows:
             raise ConfigError("--sequential follows training rows through the layers, so it wants --data-aware too")
+        if self.weigh_outputs and not self.calibration_rows:
+            raise ConfigError("--weigh-outputs looks at training rows, so it wants --data-aware too")
 
     @property
     def sweeps(self) -> int:

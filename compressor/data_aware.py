@@ -14,6 +14,10 @@ Within a block that is the whitening of SVD-LLM and CoSpaDi; from block to block
 et al., "GPTQ: Accurate post-training quantization for generative pre-trained transformers", 2023), with dictionaries
 in the place of rounding.
 
+Not all outputs matter alike. With r_i² the importance of output i, how far the hidden states of the model move with it
+(``calibration.output_importance``), the cost is ‖diag(r)ΔU‖²: rows are scaled by r_i, which does not change how one is
+coded, but whom the dictionary serves. It is the row weight of FWSVD, of hidden states in the place of the task's loss.
+
 The inputs may also be those that the layer gets once the layers before it are compressed (sequential.py): X' in the
 place of X. Its outputs are still to be WX, and the best weights for that are
 
@@ -65,6 +69,14 @@ def metric_root(gram: Tensor) -> Tensor:
     return root
 
 
+def row_scales(importance: Tensor) -> Tensor:
+    """r (M,) float64: the root of the ``importance`` of outputs, relative to its mean and damped as a metric is."""
+    mean = importance.double().mean()
+    if not mean > 0:  # nothing depends on any of them
+        return torch.ones_like(importance, dtype=torch.float64)
+    return (importance.double() / mean + _DAMPING).sqrt()
+
+
 @torch.no_grad()
 def best_weight(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     """W' (M, N) whose outputs on X' come nearest to those of ``weight`` (M, N) on X.
@@ -94,13 +106,17 @@ def factorize_outputs(
     config: KSVDConfig,
     gram: Tensor,
     on_sweep: Callable[[], None] = lambda: None,
+    importance: Tensor | None = None,
 ) -> Start:
-    """K-SVD of ``weight`` (M, N) for inputs with the Gram matrix ``gram`` (N, N).
+    """K-SVD of ``weight`` (M, N) for inputs with the Gram matrix ``gram`` (N, N) and outputs of ``importance`` (M,).
 
-    ``on_sweep`` is called after each sweep over a block. Raises :class:`ConfigError` as :func:`factorize` does.
+    Without importance all outputs have the same. ``on_sweep`` is called after each sweep over a block. Raises
+    :class:`ConfigError` as :func:`factorize` does.
     """
     root = metric_root(gram)
-    target = weight.detach().double().clone()
+    scales = row_scales(importance) if importance is not None else torch.ones(len(weight)).to(root)
+    weight = weight.detach().double() * scales.unsqueeze(1)
+    target = weight.clone()
     carried = torch.zeros_like(target)  # ΔU of the blocks that are done
     block = replace(plan, in_features=plan.block_size)
     parts, metrics = [], []
@@ -110,13 +126,14 @@ def factorize_outputs(
         target[:, columns] += _times_inverse(carried[:, columns], own)
         found = factorize((target[:, columns] @ own).float(), block, config, on_sweep)
         found = replace(found, dictionary=_times_inverse(found.dictionary.double(), own).float())
-        carried += (weight[:, columns].double() - found.dense()) @ root[columns]
+        carried += (weight[:, columns] - found.dense()) @ root[columns]
         parts.append(found)
         metrics.append(own)
     together = Factorization(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("dictionary", "indices", "values"))
     )
-    return Start(together, target.float(), torch.stack(metrics).float())
+    together = replace(together, values=together.values / scales.float().unsqueeze(1))
+    return Start(together, (target / scales.unsqueeze(1)).float(), torch.stack(metrics).float())
 
 
 def _times_inverse(x: Tensor, upper: Tensor) -> Tensor:

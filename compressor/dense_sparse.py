@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.allocation import allocate, candidates_of
-from compressor.calibration import Calibration
+from compressor.calibration import Calibration, output_importance
 from compressor.config import (
     Budget,
     CompressionConfig,
@@ -59,7 +59,7 @@ class DenseSparse:
     def from_options(cls, options: MethodOptions) -> DenseSparse:
         own = ("preset", "ratio", "gamma", "delta", "block_size", "limit_banks", "iterations", "dictionary_update")
         looks = options.data_aware or options.ratio is not None
-        start = ("data_aware", "sequential", "order_neurons", *(["calibration_rows"] if looks else []))
+        start = ("data_aware", "sequential", "weigh_outputs", "order_neurons", *(["calibration_rows"] if looks else []))
         options.require_only(cls.name, *own, *start)
         options.require_one_size()
         return cls(
@@ -77,6 +77,7 @@ class DenseSparse:
                 options.seed,
                 options.calibration_rows if options.data_aware else 0,
                 options.sequential,
+                options.weigh_outputs,
             ),
             options.order_neurons,
         )
@@ -151,6 +152,8 @@ class DenseSparse:
             ]
         specs, rows = [spec for spec, _ in plan], self.ksvd.calibration_rows
         inputs = layer_inputs(model, specs, calibration, rows, sequential=self.ksvd.sequential)
+        names = [name for spec in specs for name in spec.names]
+        importance = output_importance(model, names, calibration, rows) if self.ksvd.weigh_outputs else {}
         steps = sum(inputs.n_batches + sizes.n_blocks * self.ksvd.sweeps for _, sizes in plan)
         factors: list[Factors] = []
         with progress("K-SVD", total=steps) as advance:
@@ -158,7 +161,8 @@ class DenseSparse:
                 weight = stacked_weight(model, spec.names).detach()
                 seen = inputs.of(spec.names[0], advance)
                 target = best_weight(weight, seen.gram, seen.cross)
-                start = factorize_outputs(target, sizes, self.ksvd, seen.gram, advance)
+                matters = torch.cat([importance[name] for name in spec.names]) if importance else None
+                start = factorize_outputs(target, sizes, self.ksvd, seen.gram, advance, matters)
                 found = start.factorization
                 inputs.exchange(spec.names, found.dense())
                 arrays = _arrays(found.dictionary, found.indices, found.values, start.metric, start.target)

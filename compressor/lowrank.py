@@ -27,9 +27,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import Calibration, fisher_rows
+from compressor.calibration import Calibration, fisher_rows, output_importance
 from compressor.config import ConfigError, MethodOptions, Schedule
-from compressor.data_aware import best_weight
+from compressor.data_aware import best_weight, row_scales
 from compressor.factors import LowRankFactors, WeightFactors, ratio
 from compressor.layers import (
     CompressedLinear,
@@ -70,14 +70,18 @@ def fisher_weighted_svd(weight: Tensor, rank: int, fisher: Tensor) -> Pair:
 
 
 @torch.no_grad()
-def data_aware_svd(weight: Tensor, rank: int, gram: Tensor) -> Pair:
-    """The factors that minimise ‖(W − W')X‖; ``gram`` XXᵀ is (N, N)."""
-    weight = weight.double()
+def data_aware_svd(weight: Tensor, rank: int, gram: Tensor, importance: Tensor | None = None) -> Pair:
+    """The factors that minimise ‖(W − W')X‖; ``gram`` XXᵀ is (N, N).
+
+    With the ``importance`` (M,) of outputs it is ‖diag(r)(W − W')X‖, see data_aware.py.
+    """
+    scales = row_scales(importance).unsqueeze(1) if importance is not None else 1.0
+    weight = weight.double() * scales
     variances, directions = torch.linalg.eigh(gram.double())
     variances = variances.clamp_min(0)  # rounding may go below zero
     root = directions * (variances + _ridge(variances)).sqrt()
     u = torch.linalg.svd(weight @ root, full_matrices=False)[0][:, :rank]
-    return _balanced(u, u.T @ weight)
+    return _balanced(u / scales, u.T @ weight)
 
 
 def _ridge(weights: Tensor) -> Tensor:
@@ -264,20 +268,28 @@ class FWSVD(_Calibrated):
 
 @dataclass(frozen=True)
 class DRONE(_Calibrated):
-    """``sequential``: X is what a layer gets once those before it are factorized (sequential.py)."""
+    """``sequential``: X is what a layer gets once those before it are factorized (sequential.py).
+
+    ``weigh_outputs``: by how far the hidden states move with them (data_aware.py).
+    """
 
     name = "drone"
 
     sequential: bool = False
+    weigh_outputs: bool = False
 
     def _pairs(
         self, model: nn.Module, weights: Mapping[str, Tensor], ranks: Mapping[str, int], calibration: Calibration
     ) -> Iterator[Pair]:
         stacks = find_stacks(model)
         inputs = layer_inputs(model, stacks, calibration, self.calibration_rows, sequential=self.sequential)
+        names = [name for stack in stacks for name in stack.names]
+        importance = output_importance(model, names, calibration, self.calibration_rows) if self.weigh_outputs else {}
         for stack in stacks:
             seen = inputs.of(stack.names[0], lambda: None)
             targets = {name: best_weight(weights[name], seen.gram, seen.cross) for name in stack.names}
-            pairs = [data_aware_svd(target, ranks[name], seen.gram) for name, target in targets.items()]
+            pairs = [
+                data_aware_svd(target, ranks[name], seen.gram, importance.get(name)) for name, target in targets.items()
+            ]
             inputs.exchange(stack.names, torch.cat([second @ first for second, first in pairs]))
             yield from pairs

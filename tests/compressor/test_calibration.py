@@ -14,7 +14,8 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from compressor.calibration import Calibration, fisher_rows, input_grams
+from compressor import calibration as calibration_module
+from compressor.calibration import Calibration, fisher_rows, input_grams, output_importance
 from compressor.config import ConfigError
 from compressor.data import ClassifyExample, QAExample, classify_features, collate, qa_features
 from compressor.layers import find_stacks, linear_names
@@ -84,6 +85,43 @@ def test_fisher_rows_are_those_of_single_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "qa", "albert"])
+def test_importance_is_what_every_hidden_state_says_of_an_output(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the gradient of each single number of the hidden states, which random projections stand for."""
+    monkeypatch.setattr(calibration_module, "_PROBES", 200)
+    model, calibration = make_model(name), replace(make_calibration(name, n_rows=2), batch_size=2)
+    names = linear_names(model)
+    found = output_importance(model, names, calibration, 100)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    model.eval()
+    (batch,) = calibration.batches(2)
+    inputs = {key: value for key, value in batch.items() if key not in LABELS}
+    outputs: dict[str, list[torch.Tensor]] = {layer: [] for layer in names}
+    for layer in names:
+        model.get_submodule(layer).register_forward_hook(lambda _, __, y, layer=layer: outputs[layer].append(y))
+    mask = inputs["attention_mask"].unsqueeze(2)
+    states = [state * mask for state in model(**inputs, output_hidden_states=True).hidden_states[1:]]
+    numbers = torch.cat([(state / state.detach().norm()).flatten() for state in states])
+    every = [y for calls in outputs.values() for y in calls]
+    squares = [torch.zeros(y.shape[-1], dtype=torch.float64) for y in every]
+    numbers = numbers[numbers != 0]
+    for each in torch.eye(len(numbers), dtype=torch.float64).split(256):
+        gradients = torch.autograd.grad(
+            numbers, every, each, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        for total, gradient in zip(squares, gradients, strict=True):
+            if gradient is not None:
+                total += gradient.square().flatten(0, -2).sum(0)
+    for layer in names:
+        n_calls = len(outputs[layer])
+        truth = 200 * 2 * torch.stack(squares[:n_calls]).sum(0)  # of two rows, and of so many projections
+        squares = squares[n_calls:]
+        torch.testing.assert_close(found[layer], truth, rtol=0.5, atol=0.05 * float(truth.max()))
+        assert float(found[layer].sum()) == pytest.approx(float(truth.sum()), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["bert", "qa", "albert"])
 def test_grams_are_of_all_tokens_but_padding(name: str) -> None:
     model, calibration = make_model(name), make_calibration(name)
     specs = find_stacks(model)
@@ -124,4 +162,8 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
         input_grams(model, find_stacks(model), calibration, 5)
     with pytest.raises(ConfigError, match=r"the gradients of bert.encoder.layer.0.* are not finite"):
         fisher_rows(model, linear_names(model), calibration, 5)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ConfigError, match=r"the gradients of bert.encoder.layer.0.* are not finite"):
+        output_importance(model, linear_names(model), calibration, 5)
+    assert not any(
+        each._forward_hooks or each._forward_pre_hooks for each in map(model.get_submodule, linear_names(model))
+    )

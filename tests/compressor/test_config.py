@@ -9,7 +9,10 @@ from compressor.__main__ import _method
 from compressor.config import CompressionConfig, ConfigError, MethodOptions, TrainConfig, compression_ratio
 
 # A command's options, when none of these is given.
-NOT_SAID = {**asdict(MethodOptions(preset="2.8x")), **dict.fromkeys(("data_aware", "sequential", "calibration_rows"))}
+NOT_SAID = {
+    **asdict(MethodOptions(preset="2.8x")),
+    **dict.fromkeys(("data_aware", "sequential", "weigh_outputs", "calibration_rows")),
+}
 NOT_SAID["schedule"] = None
 
 BERT_BASE = (("qkv", 2304, 768), ("attention_output", 768, 768), ("ffn1", 3072, 768), ("ffn2", 768, 3072))

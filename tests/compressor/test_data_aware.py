@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from compressor.config import ConfigError, KSVDConfig, LayerPlan
-from compressor.data_aware import factorize_outputs, metric_root, relative_output_error
+from compressor.data_aware import factorize_outputs, metric_root, relative_output_error, row_scales
 from compressor.ksvd import factorize
-from compressor.omp import blocks
+from compressor.omp import blocks, sparse_code
 
 PLAN = LayerPlan(out_features=48, in_features=32, block_size=8, n_atoms=12, n_nonzero=2)
 KSVD = KSVDConfig(iterations=8)
@@ -73,6 +73,44 @@ def test_metric_makes_the_atoms_unit(weight: torch.Tensor) -> None:
     measured = (blocks(start.target, 8) @ start.metric).transpose(0, 1).flatten(1)
     error = (measured - (blocks(start.factorization.dense(), 8) @ start.metric).transpose(0, 1).flatten(1)).norm()
     assert error < measured.norm()
+
+
+def test_outputs_that_matter_more_come_nearer(weight: torch.Tensor) -> None:
+    x = inputs_like_a_layer()
+    importance = torch.linspace(0, 1, 48, dtype=torch.float64) ** 4
+    plain, weighed = (
+        factorize_outputs(weight, PLAN, KSVD, x.T @ x, importance=given).factorization.dense()
+        for given in (None, importance)
+    )
+    errors = [((weight - dense).double() @ x.T).square().sum(1) for dense in (plain, weighed)]
+    assert float(errors[1] @ importance) < 0.95 * float(errors[0] @ importance)
+    assert float(errors[1].sum()) > float(errors[0].sum())  # what the others pay
+
+
+@pytest.mark.parametrize("importance", [torch.zeros(48), torch.full((48,), 1e-9)], ids=["none", "all the same"])
+def test_outputs_that_matter_alike_are_not_weighed(weight: torch.Tensor, importance: torch.Tensor) -> None:
+    x = inputs_like_a_layer()
+    plain, found = (factorize_outputs(weight, PLAN, KSVD, x.T @ x, importance=each) for each in (None, importance))
+    torch.testing.assert_close(found.factorization.dense(), plain.factorization.dense(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.target, plain.target, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_is_coded_in_its_own_scale(weight: torch.Tensor) -> None:
+    """The targets, coded with the dictionary in the metric and without weights, as STF does, give these very codes."""
+    x = inputs_like_a_layer()
+    importance = torch.rand(48, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    start = factorize_outputs(weight, PLAN, KSVD, x.T @ x, importance=importance)
+    found, rows = start.factorization, (blocks(start.target, 8) @ start.metric)
+    indices, values = sparse_code(rows.transpose(0, 1).flatten(1), found.dictionary @ start.metric, PLAN.n_nonzero)
+    same = (indices.sort(2).values == found.indices.sort(2).values).all(2)
+    assert float(same.float().mean()) > 0.98  # ties apart
+    truth = values.gather(2, indices.argsort(2))[same]
+    torch.testing.assert_close(found.values.gather(2, found.indices.argsort(2))[same], truth, rtol=1e-3, atol=1e-4)
+
+
+def test_importance_is_relative_and_damped() -> None:
+    scales = row_scales(torch.tensor([0.0, 1.0, 3.0]) * 1e-12)
+    torch.testing.assert_close(scales, torch.tensor([0.01, 0.76, 2.26], dtype=torch.float64).sqrt())
 
 
 def test_inputs_that_say_nothing_leave_the_weights(weight: torch.Tensor) -> None:

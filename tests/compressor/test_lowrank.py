@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from compressor.config import ConfigError, MethodOptions
+from compressor.data_aware import row_scales
 from compressor.factors import LowRankFactors, ratio
 from compressor.lowrank import DRONE, FWSVD, SVD, LowRankLinear, data_aware_svd, fisher_weighted_svd, truncated_svd
 
@@ -67,6 +68,18 @@ def test_drone_is_optimal_on_its_inputs(seed: int, rank: int) -> None:
     assert error == pytest.approx(brute_force(weight, rank, torch.eye(M), x), rel=1e-5)
     assert error <= float(((weight - product(truncated_svd(weight, rank))) @ x).norm())
     assert error > 0
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_drone_is_optimal_on_outputs_that_do_not_matter_alike(seed: int, rank: int) -> None:
+    weight, x = random(seed, M, N), random(seed + 100, N, 20)
+    importance = random(seed + 200, M).square()
+    scale = torch.diag(row_scales(importance))
+    found = product(data_aware_svd(weight, rank, x @ x.T, importance))
+    error = float((scale @ (weight - found) @ x).norm())
+    assert error == pytest.approx(brute_force(weight, rank, scale, x), rel=1e-5)
+    assert error < float((scale @ (weight - product(data_aware_svd(weight, rank, x @ x.T))) @ x).norm())
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 3])

@@ -175,11 +175,16 @@ def test_compress_is_sequential_where_nothing_is_trained(
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "small" / "training.json").read_text())
     assert record["compression"]["ksvd"]["sequential"] is expected
+    assert record["compression"]["ksvd"]["weigh_outputs"] is ("--no-data-aware" not in flags)
 
 
 def test_what_cannot_be_followed_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--sequential follows training rows .* wants --data-aware too"):
         find_method("ds").from_options(MethodOptions(sequential=True))
+    with pytest.raises(ConfigError, match=r"--weigh-outputs looks at training rows.* wants --data-aware too"):
+        find_method("ds").from_options(MethodOptions(weigh_outputs=True))
+    with pytest.raises(ConfigError, match="--weigh-outputs True means nothing to --method fwsvd"):
+        find_method("fwsvd").from_options(MethodOptions(preset="2x", weigh_outputs=True))
     with pytest.raises(ConfigError, match="--sequential True means nothing to --method svd"):
         find_method("svd").from_options(MethodOptions(preset="2x", sequential=True))
     model, calibration = make_model("bert"), make_calibration("bert")
