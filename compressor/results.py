@@ -92,7 +92,9 @@ def _accuracy(rows: Sequence[Row], tried: Collection[Place]) -> str:
     trained = [row for row in rows if row["method"] != "dense" and row["stage"] != _UNTRAINED]
     if not trained:
         return ""
-    return f"## Accuracy after training\n\n{_score_tables([*_reference(rows), *trained], tried)}"
+    tasks = _tasks(trained)  # a task that was fine-tuned, but compressed only without training, has no place here
+    reference = [row for row in _reference(rows) if row["task"] in tasks]
+    return f"## Accuracy after training\n\n{_score_tables([*reference, *trained], tried)}"
 
 
 def _other_base(rows: Sequence[Row]) -> str:
