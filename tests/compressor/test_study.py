@@ -400,6 +400,18 @@ def test_tasks_have_tables_by_what_they_are_trained_on(unbroken: Path, tmp_path:
     ]
 
 
+def test_a_task_without_a_trained_run_takes_no_mean_from_the_others(unbroken: Path, tmp_path: Path) -> None:
+    """It has its reference, and what is left untrained, but nothing to stand among the trained ones."""
+    rows = rows_of(unbroken)
+    dense = next(row for row in rows.values() if row["method"] == "dense")
+    trained = {**rows["cola-0-svd-2.8x"], "score": 20.0, "drop": 5.0}
+    untrained = {**trained, "task": "mrpc", "method": "svd:schedule=ft-f", "stage": "ft-f", "score": 7.0, "drop": 3.0}
+    lines = page_of(tmp_path, dense, {**dense, "task": "mrpc"}, trained, untrained)
+    ratio = f"{trained['compression']['ratio_eq11']:.2f}"
+    assert f"| svd | {ratio} | 20.00 | 20.00 | 5.00 | 5.00 |" in lines
+    assert f"| svd:schedule=ft-f | {ratio} | 7.00 | 7.00 | 3.00 | 3.00 |" in lines
+
+
 def test_models_are_measured_as_they_are_stored(base: Path, study: Study, tmp_path: Path) -> None:
     """Exported and scored through ONNX Runtime; the page says how much smaller the whole file is, and what it loses."""
     one = replace(study, variants=tuple(map(parse_variant, ("ds:iterations=2", "svd"))), seeds=(0,), storage="float32")
