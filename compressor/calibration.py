@@ -1,6 +1,6 @@
 """What the training data says about the weights: the inputs they meet, and how much the loss depends on them.
 
-Two statistics of each layer, gathered by hooks while the dense model reads some training rows in batches:
+Three statistics of each layer, gathered by hooks while the dense model reads some training rows in batches:
 
 - the Gram matrix of its inputs, ``XXᵀ`` over all tokens that are not padding (DRONE);
 - the empirical Fisher information of its weights, the mean over rows of the squared gradient of the task's loss,
@@ -132,15 +132,11 @@ def output_importance(model: Any, names: Sequence[str], calibration: Calibration
     """
     totals: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(calibration.seed)
-    n_batch = 0
+    outputs: list[tuple[str, Tensor]] = []  # of one batch; layers that share their weights (ALBERT) have several
 
     def watch(name: str) -> Callable[..., None]:
-        def add(gradient: Tensor) -> None:
-            squares = n_batch * gradient.detach().double().square().flatten(0, -2).sum(0)
-            totals[name] = totals[name] + squares if name in totals else squares
-
         def hook(_: Any, __: Any, output: Tensor) -> None:
-            output.register_hook(add)  # type: ignore[no-untyped-call]
+            outputs.append((name, output))
 
         return hook
 
@@ -150,15 +146,18 @@ def output_importance(model: Any, names: Sequence[str], calibration: Calibration
         for batch in batches:
             inputs = inputs_of(batch, model)
             mask = inputs["attention_mask"].unsqueeze(2)
-            n_batch = len(mask)
             states = [state * mask for state in model(**inputs, output_hidden_states=True).hidden_states[1:]]
             for probe in range(_PROBES):
                 projected = [
                     (state * torch.randn(state.shape, generator=generator).to(state)).sum() / state.detach().norm()
                     for state in states
                 ]
-                torch.stack(projected).sum().backward(retain_graph=probe + 1 < _PROBES)  # type: ignore[no-untyped-call]
-            model.zero_grad(set_to_none=True)
+                watched, more = [output for _, output in outputs], probe + 1 < _PROBES
+                gradients = torch.autograd.grad(torch.stack(projected).sum(), watched, retain_graph=more)
+                for (name, _), gradient in zip(outputs, gradients, strict=True):
+                    squares = len(mask) * gradient.double().square().flatten(0, -2).sum(0)
+                    totals[name] = totals[name] + squares if name in totals else squares
+            outputs.clear()
             advance()
     return {name: require_finite(totals[name], f"the gradients of {name}") for name in names}
 

@@ -30,7 +30,7 @@ from compressor.data_aware import best_weight, factorize_outputs, relative_outpu
 from compressor.factors import WeightFactors, ratio
 from compressor.graph import Factors
 from compressor.ksvd import Factorization
-from compressor.layers import StackSpec, linear_layer, set_weights, stacked_weight
+from compressor.layers import StackSpec, linear_layer, linear_names, set_weights, stacked_weight
 from compressor.neurons import order_neurons
 from compressor.progress import progress
 from compressor.sequential import layer_inputs
@@ -152,8 +152,8 @@ class DenseSparse:
             ]
         specs, rows = [spec for spec, _ in plan], self.ksvd.calibration_rows
         inputs = layer_inputs(model, specs, calibration, rows, sequential=self.ksvd.sequential)
-        names = [name for spec in specs for name in spec.names]
-        importance = output_importance(model, names, calibration, rows) if self.ksvd.weigh_outputs else {}
+        weighs = self.ksvd.weigh_outputs
+        importance = output_importance(model, linear_names(model), calibration, rows) if weighs else {}
         steps = sum(inputs.n_batches + sizes.n_blocks * self.ksvd.sweeps for _, sizes in plan)
         factors: list[Factors] = []
         with progress("K-SVD", total=steps) as advance:

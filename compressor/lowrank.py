@@ -281,10 +281,9 @@ class DRONE(_Calibrated):
     def _pairs(
         self, model: nn.Module, weights: Mapping[str, Tensor], ranks: Mapping[str, int], calibration: Calibration
     ) -> Iterator[Pair]:
-        stacks = find_stacks(model)
-        inputs = layer_inputs(model, stacks, calibration, self.calibration_rows, sequential=self.sequential)
-        names = [name for stack in stacks for name in stack.names]
-        importance = output_importance(model, names, calibration, self.calibration_rows) if self.weigh_outputs else {}
+        stacks, rows = find_stacks(model), self.calibration_rows
+        inputs = layer_inputs(model, stacks, calibration, rows, sequential=self.sequential)
+        importance = output_importance(model, list(weights), calibration, rows) if self.weigh_outputs else {}
         for stack in stacks:
             seen = inputs.of(stack.names[0], lambda: None)
             targets = {name: best_weight(weights[name], seen.gram, seen.cross) for name in stack.names}

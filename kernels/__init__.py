@@ -5,7 +5,7 @@ on purpose: transformers probes any importable package named ``kernels`` and tak
 package of that name.
 """
 
-from kernels.library import Isa, cpu_name, isa, library_path
+from kernels.library import Isa, cpu_info, cpu_name, isa, library_path
 from kernels.omp import batch_omp, refit
 
-__all__ = ["Isa", "batch_omp", "cpu_name", "isa", "library_path", "refit"]
+__all__ = ["Isa", "batch_omp", "cpu_info", "cpu_name", "isa", "library_path", "refit"]

@@ -63,12 +63,17 @@ def library() -> ctypes.CDLL:
     return opened
 
 
+def cpu_info() -> str:
+    """What Linux says of the processors, flags and all; elsewhere nothing."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
 def cpu_name() -> str:
     """The processor as the operating system names it, for reports of measurements."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+    lines = cpu_info().splitlines()
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
 

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+import kernels
 from service.errors import StartError
 from service.model import OnnxModel, session_options
 from service.tokenizer import Row
@@ -98,7 +99,7 @@ def make(name: str, model: OnnxModel, threads: int, calibration: Iterable[Sequen
 
 def _has_vnni() -> bool:
     """Without it ONNX Runtime adds pairs of 8-bit products in 16 bits, which weights of more than 7 bits overflow."""
-    return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return "vnni" in kernels.cpu_info()
 
 
 def _onnxruntime_int8(name: str, model: OnnxModel, threads: int, scratch: Path) -> Peer:
